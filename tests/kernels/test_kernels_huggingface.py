@@ -1,0 +1,108 @@
+"""The plug: same numbers as the model's own code, documents apart, everything put back."""
+
+import pytest
+import torch
+from shipyard.kernels.huggingface import document_ends, plug
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+SMALL = dict(
+    vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, head_dim=16,
+)  # fmt: skip
+DEEPSEEK = dict(
+    SMALL, num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
+    v_head_dim=16, first_k_dense_replace=2, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
+    n_shared_experts=1, moe_intermediate_size=32, head_dim=8,
+)  # fmt: skip
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen3": lambda: Qwen3Config(**SMALL),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=7),
+    "deepseek_v3": lambda: DeepseekV3Config(**DEEPSEEK),
+}
+
+
+def build(name: str, dtype=torch.float64):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="sdpa").to(dtype).train()
+
+
+def packed(lengths):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 97, (1, sum(lengths)), generator=generator)
+    return ids, torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+def gradients(model, ids, positions):
+    model.zero_grad()
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    logits.float().log_softmax(-1)[..., 3].sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_document_ends_from_positions():
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1], [5, 6, 7, 8, 9, 10]])
+    assert document_ends(positions) == [[3, 4, 6], [6]]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_torch_path_equals_the_block_mask(name):
+    """fp64 logits and every gradient of a packed row, against transformers' own T x T mask."""
+    model = build(name)
+    ids, positions = packed([5, 1, 12, 9])
+    logits, grads = gradients(model, ids, positions)
+    plugged = plug(model, "torch")
+    assert plugged.parts == ("attention",)
+    mine, my_grads = gradients(model, ids, positions)
+    plugged.remove()
+    torch.testing.assert_close(mine, logits, rtol=0, atol=1e-12)
+    for key, grad in grads.items():
+        torch.testing.assert_close(my_grads[key], grad, rtol=0, atol=1e-12, msg=key)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_packed_documents_do_not_leak_even_with_mask_and_cache():
+    """An all-ones mask or a cache makes transformers forget the packing; the plug does not."""
+    model = build("llama").eval()
+    ids, positions = packed([6, 9])
+    plug(model)
+    alone = model(input_ids=ids[:, 6:]).logits
+    with torch.no_grad():
+        for extra in ({"attention_mask": torch.ones_like(ids)}, {"use_cache": True}):
+            both = model(input_ids=ids, position_ids=positions, **extra).logits
+            torch.testing.assert_close(both[:, 6:], alone, rtol=0, atol=1e-12)
+
+
+def test_padding_and_generation_still_work():
+    model = build("mistral").eval()
+    ids, _ = packed([14])
+    batch = torch.cat([ids, ids.roll(3, 1)])
+    mask = torch.ones_like(batch)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        before = model(input_ids=batch, attention_mask=mask).logits
+        told = model.generate(batch, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        plug(model)
+        torch.testing.assert_close(model(input_ids=batch, attention_mask=mask).logits[mask.bool()], before[mask.bool()])
+        again = model.generate(batch, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(told, again)
+
+
+def test_batched_rows_with_their_own_documents():
+    model = build("llama").eval()
+    ids, positions = packed([8, 8])
+    rows = torch.cat([ids, ids.flip(1)])
+    both = torch.cat([positions, torch.cat([torch.arange(3), torch.arange(13)])[None]])
+    with torch.no_grad():
+        want = model(input_ids=rows, position_ids=both, use_cache=False).logits
+        plug(model)
+        torch.testing.assert_close(model(input_ids=rows, position_ids=both, use_cache=False).logits, want)
+
+
+def test_users_mistakes():
+    with pytest.raises(ValueError, match="kernels: 'cuda', must be auto, torch or triton"):
+        plug(build("llama"), "cuda")
+    with pytest.raises(ValueError, match="use kernels: auto"):
+        plug(torch.nn.Linear(2, 2), "torch")
+    assert plug(torch.nn.Linear(2, 2)).parts == ()
