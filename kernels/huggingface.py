@@ -54,7 +54,7 @@ def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "
 
 
 def _plug_torch(base: PreTrainedModel) -> Plug:
-    before = base.config._attn_implementation
+    before = base.config._attn_implementation or "sdpa"
     base.set_attn_implementation(TORCH_ATTENTION)
     return Plug("torch", ("attention",), [lambda: base.set_attn_implementation(before)])
 
