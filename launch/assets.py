@@ -132,7 +132,7 @@ def _lock(directory: Path) -> Iterator[None]:
         file = directory.with_name(f".{directory.name}.lock").open("w")
     except OSError as error:
         raise ValueError(
-            f"SHIPYARD_ASSETS: cannot write to {directory.parent} ({error.strerror}); set it to a folder that can be written"
+            f"SHIPYARD_ASSETS: cannot write to {directory.parent} ({error.strerror}); set it to a writable folder"
         ) from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
