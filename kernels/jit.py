@@ -1,0 +1,61 @@
+"""The one place that imports Triton, so that every kernel module also imports on a machine without it.
+
+Kernels are written `@jit` and use `tl`. `use_triton(tensor)` decides between a kernel and its PyTorch reference: a
+kernel runs on a GPU tensor, and on a CPU tensor when the process was started with TRITON_INTERPRET=1.
+"""
+
+import importlib.util
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    jit: Any = triton.jit
+    if INTERPRETED:
+        from .interpreter import install
+
+        install()
+else:
+    tl: Any = SimpleNamespace(constexpr=object)
+    jit: Any = lambda fn: fn
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """True where the Triton kernel runs: on a GPU with Triton installed, or under Triton's interpreter."""
+    return HAS_TRITON and (INTERPRETED or tensor.is_cuda)
+
+
+def need_triton(tensor: torch.Tensor) -> None:
+    """Says in one line why a kernel that was asked for by name cannot run here."""
+    if not HAS_TRITON:
+        raise ValueError("kernels: triton, is not installed; pip install 'shipyard-llm[kernels]' or use kernels: auto")
+    if not use_triton(tensor):
+        raise ValueError(f"kernels: triton, needs a GPU but the weights are on {tensor.device}; use kernels: auto")
+
+
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942` ...; the interpreter answers as an H100 would, so that it runs what the H100 runs."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def next_power_of_2(count: int) -> int:
+    """Smallest power of two that is not below `count`."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def cdiv(count: int, step: int) -> int:
+    """Ceiling division."""
+    return -(-count // step)
