@@ -1,0 +1,297 @@
+"""The command line: one console script. Heavy libraries load inside the command that needs them.
+
+Exit codes: 0 success, 1 a check failed or a bug (with its traceback), 2 a user's mistake (one line), 130 Ctrl-C.
+"""
+
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(
+    name="shipyard",
+    help="Pretrain, fine-tune, align, evaluate, export and serve language models, with proof at every stage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data as the model will see it.")
+app.add_typer(data_app, name="data")
+
+EXTRAS = {  # what brings a module that is missing
+    "train": "torch transformers trl peft accelerate deepspeed bitsandbytes datasets safetensors reasoning_gym gguf numpy",
+    "serve": "fastapi uvicorn httpx openai",
+    "llamacpp": "xllamacpp",
+    "vllm": "vllm",
+    "kernels": "triton",
+    "evals": "matplotlib",
+    "track": "tensorboard wandb",
+}
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, launch/recipes/*.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, optim.lr=1e-4 say")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve, check the data, plan memory; do not train.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe; an interrupted run goes on by itself."""
+    from ..training.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or ())
+    if dry_run:
+        from .preview import dry_run as preview
+
+        preview(resolved, as_json)
+        return
+    from ..training.loop import train as run
+
+    run_dir = run(resolved)
+    if as_json and os.environ.get("RANK", "0") == "0":
+        typer.echo(json.dumps({"run_dir": str(run_dir)}))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run, or a model directory.")],
+    to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="Format.")] = "gguf",
+    quant: Annotated[Literal["f32", "f16", "bf16", "q8_0"], typer.Option(help="How GGUF stores matrices.")] = "f16",
+    out: Annotated[Path | None, typer.Option(help="Output directory [MODEL-FORMAT-QUANT].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write hf, gguf or ollama, with a parity certificate."""
+    from ..serving.export import export as write
+
+    name = f"{to}-{quant}" if to != "hf" else "hf"
+    target = out or Path(model).with_name(f"{Path(model).name.replace('asset:', '')}-{name}")
+    certificate = write(_model_dir(model), target, to, quant)
+    _show_certificate(target, certificate, as_json)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A run, a model directory, or a GGUF file.")],
+    engine: Annotated[Literal["auto", "llamacpp", "transformers", "vllm", "ollama"], typer.Option()] = "auto",
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+) -> None:
+    """Serve a model over the OpenAI-compatible API."""
+    from ..serving.gateway import serve as run
+
+    run(_model_dir(model), engine, host, port)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A URL of an OpenAI-compatible server, a run, or a model.")],
+    engine: Annotated[Literal["auto", "llamacpp", "transformers", "vllm", "ollama"], typer.Option()] = "auto",
+    message: Annotated[str | None, typer.Option(help="Ask this one thing, print the reply and leave.")] = None,
+) -> None:
+    """Talk to a model in the terminal."""
+    from .chat import talk
+
+    talk(model if "://" in model else _model_dir(model), engine, message)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, or a model directory.")],
+    suite: Annotated[str, typer.Option(help="Name of a suite of tasks.")] = "demo",
+    as_json: Json = False,
+) -> None:
+    """Score a model on held-out tasks, with confidence intervals."""
+    from ..evals.tasks import evaluate as score
+
+    results = score(_model_dir(model), suite)
+    if as_json:
+        typer.echo(json.dumps([_plain(result) for result in results], indent=1))
+        return
+    from .tables import print_results
+
+    print_results({model: results})
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A run, checkpoint, model, export or asset.")],
+    as_json: Json = False,
+) -> None:
+    """Re-check hashes, lineage and certificates."""
+    from .verify import verify_tree
+
+    if not verify_tree(path, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run, what clashes, what mends it."""
+    from .doctor import examine, print_report
+
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=1))
+    else:
+        print_report(report)
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def fetch(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[asset:NAME]...", help="Without names: list them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch small models, tokenizers and data, by SHA-256."""
+    from .assets import PREFIX, catalogue, resolve
+
+    if names:
+        paths = {name: str(resolve(name if name.startswith(PREFIX) else PREFIX + name)) for name in names}
+        typer.echo(json.dumps(paths, indent=1) if as_json else "\n".join(paths.values()))
+        return
+    if as_json:
+        typer.echo(json.dumps([asset.source for asset in catalogue().values()], indent=1))
+        return
+    for asset in catalogue().values():
+        typer.echo(f"asset:{asset.name:24} {asset.licence:28} {asset.registry}: {asset.package} {asset.version}")
+
+
+@app.command()
+def demo(as_json: Json = False) -> None:
+    """Everything, on a real 135M Llama: make demo runs it."""
+    from .demo import run
+
+    run(as_json)
+
+
+@data_app.command("inspect")
+def inspect(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show rows as the model will see them: ids, what is supervised, where documents meet."""
+    from ..training.recipe import load_recipe
+    from .preview import inspect as show
+
+    show(load_recipe(recipe, overrides or ()), rows, as_json)
+
+
+def _model_dir(model: str) -> Path:
+    """A run stands for the model it trained, asset:NAME for its cached directory. Raises ValueError if not there."""
+    from .assets import resolve
+
+    path = resolve(model)
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if path.is_dir() or path.is_file():
+        return path
+    raise ValueError(f"model: {model} does not exist; give a run, a model directory or asset:NAME")
+
+
+def _show_certificate(target: Path, certificate: Any, as_json: bool) -> None:
+    plain = _plain(certificate)
+    if as_json:
+        typer.echo(json.dumps({"path": str(target), "certificate": plain}, indent=1))
+        return
+    from .tables import print_certificate
+
+    print_certificate(target, plain)
+
+
+def _plain(value: Any) -> Any:
+    from .tables import plain
+
+    return plain(value)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; mistakes become one line on stderr."""
+    _quiet_libraries()
+    try:
+        code = app(args=list(arguments), prog_name="shipyard", standalone_mode=False)
+    except typer.Abort:
+        return 130
+    except typer.TyperException as error:
+        return _mistake(_usage(error))
+    except KeyboardInterrupt:
+        return _mistake("interrupted", 130)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        extra = next((extra for extra, modules in EXTRAS.items() if missing in modules.split()), None)
+        if extra is None:
+            raise
+        return _mistake(f"{missing} is not installed; pip install 'shipyard-llm[{extra}]', then shipyard doctor")
+    except ValueError as error:
+        if type(error) is not ValueError and not isinstance(error, UnicodeError):
+            raise
+        return _mistake(str(error))
+    except OSError as error:
+        message = _os_error(error)
+        if message is None:
+            raise
+        return _mistake(message)
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: typer.TyperException) -> str:
+    text = error.format_message()
+    if not text:  # `shipyard` alone prints its help
+        return ""
+    text = " ".join(text.split()).rstrip(".")
+    return text if "help" in text else f"{text}; see shipyard --help"
+
+
+def _os_error(error: OSError) -> str | None:
+    """One line for what a user can mend, None for the rest."""
+    name = error.filename or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk: no space left while writing {name}; free some, or set another run_dir"
+    if isinstance(error, FileNotFoundError):
+        return f"file: {name} does not exist; check the path" if error.filename else str(error)
+    if isinstance(error, PermissionError):
+        return f"file: {name} may not be opened ({error.strerror}); check its owner and mode"
+    if error.errno == errno.EADDRINUSE:
+        return "port: another program listens on it; give another --port"
+    return None
+
+
+def _mistake(message: str, code: int = 2) -> int:
+    if message and os.environ.get("LOCAL_RANK", "0") == "0":
+        line = " ".join(message.split())
+        sys.stderr.write(f"shipyard: error: {line}\n")
+    return code
+
+
+def _quiet_libraries() -> None:
+    """Switch off telemetry and the notices that say nothing about the user's job. What the user set stays."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()
