@@ -345,6 +345,7 @@ def install() -> None:
     Builder.cast_impl, Builder.create_fp_to_fp = _cast, _float_to_float
     Builder.binary_op, Builder.unary_op, Builder.create_fma, Builder.create_dot = _binary, _unary, _fma, _dot
     Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw = _load, _store, _atomic
-    stock.ReduceOps.sum = _sum
+    reduce_ops: Any = stock.ReduceOps
+    reduce_ops.sum = _sum
     stock.GridExecutor._init_args_hst, stock.GridExecutor._restore_args_dev = _init_args, _restore_args
     stock.GridExecutor.__call__ = _call

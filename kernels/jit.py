@@ -7,25 +7,29 @@ kernel runs on a GPU tensor, and on a CPU tensor when the process was started wi
 import importlib.util
 import os
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-if HAS_TRITON:
+if TYPE_CHECKING:
+    import triton.language as tl
+
+    jit: Any = None
+elif HAS_TRITON:
     import triton
     import triton.language as tl
 
-    jit: Any = triton.jit
+    jit = triton.jit
     if INTERPRETED:
         from .interpreter import install
 
         install()
 else:
-    tl: Any = SimpleNamespace(constexpr=object)
-    jit: Any = lambda fn: fn
+    tl = SimpleNamespace(constexpr=object)
+    jit = lambda fn: fn
 
 
 def use_triton(tensor: torch.Tensor) -> bool:

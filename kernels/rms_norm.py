@@ -1,0 +1,130 @@
+"""RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) with an optional residual addition, forward and backward.
+
+Shape suffixes: T rows (any leading shape is flattened), D width, P partial sums.
+"""
+
+import torch
+
+from .jit import cdiv, jit, next_power_of_2, tl, use_triton
+
+ROWS_PER_PARTIAL = 64  # rows whose weight gradient one program adds up, in order: no atomics
+
+
+def rms_norm_reference(x, weight_D, eps: float, residual=None):
+    """The plain PyTorch twin of `rms_norm`; rounds where Llama's module in transformers does."""
+    x = x if residual is None else x + residual
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    y = weight_D * normed.to(x.dtype)
+    return y if residual is None else (y, x)
+
+
+def rms_norm(x, weight_D, eps: float, residual=None):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, (..., D) -> (..., D).
+
+    With `residual` (same shape) it norms s = x + residual and returns (y, s), s being the next residual.
+    """
+    if weight_D.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight {tuple(weight_D.shape)} must be ({x.shape[-1]},), the width of x")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"rms_norm: residual {tuple(residual.shape)} must have the shape of x {tuple(x.shape)}")
+    if not use_triton(x):
+        return rms_norm_reference(x, weight_D, eps, residual)
+    y, s = _RmsNorm.apply(x, weight_D, eps, residual)
+    return y if residual is None else (y, s)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_D, eps, residual):
+        shape, width = x.shape, x.shape[-1]
+        x_TD = x.reshape(-1, width).contiguous()
+        residual_TD = x_TD if residual is None else residual.reshape(-1, width).contiguous()
+        rows = x_TD.shape[0]
+        y_TD = torch.empty_like(x_TD)
+        s_TD = x_TD if residual is None else torch.empty_like(x_TD)
+        compute = tl.float64 if x.dtype == torch.float64 else tl.float32
+        rstd_T = torch.empty(rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+        if rows:
+            rms_norm_kernel[(rows,)](
+                x_TD, residual_TD, weight_D, y_TD, s_TD, rstd_T, eps, WIDTH=width, BLOCK=next_power_of_2(width),
+                RESIDUAL=residual is not None, COMPUTE=compute, num_warps=norm_warps(width),
+            )  # fmt: skip
+        ctx.save_for_backward(s_TD, weight_D, rstd_T)
+        ctx.has_residual = residual is not None
+        s = s_TD.view(shape)
+        if residual is None:
+            ctx.mark_non_differentiable(s := s.new_empty(0))
+        return y_TD.view(shape), s
+
+    @staticmethod
+    def backward(ctx, dy, ds):
+        s_TD, weight_D, rstd_T = ctx.saved_tensors
+        rows, width = s_TD.shape
+        dy_TD = dy.reshape(-1, width).contiguous()
+        ds_TD = ds.reshape(-1, width).contiguous() if ctx.has_residual else dy_TD
+        dx_TD = torch.empty_like(s_TD)
+        partials = cdiv(rows, ROWS_PER_PARTIAL)
+        dw_PD = torch.empty(partials, width, dtype=rstd_T.dtype, device=dy.device)
+        if rows:
+            rms_norm_backward_kernel[(partials,)](
+                dy_TD, ds_TD, s_TD, weight_D, rstd_T, dx_TD, dw_PD, rows, WIDTH=width, BLOCK=next_power_of_2(width),
+                ROWS=ROWS_PER_PARTIAL, RESIDUAL=ctx.has_residual,
+                COMPUTE=tl.float64 if dy.dtype == torch.float64 else tl.float32, num_warps=norm_warps(width),
+            )  # fmt: skip
+        dx = dx_TD.view(dy.shape)
+        return dx, dw_PD.sum(0).to(weight_D.dtype), None, dx if ctx.has_residual else None
+
+
+def norm_warps(width: int) -> int:
+    """16 elements a thread: a row of 8192 takes 16 warps."""
+    return min(16, max(1, next_power_of_2(width) // 512))
+
+
+@jit
+def rms_norm_kernel(
+    x, residual, weight, y, s_out, rstd, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = d < WIDTH
+    kind = y.dtype.element_ty
+    s = tl.load(x + row * WIDTH + d, mask=inside, other=0.0).to(COMPUTE)
+    if RESIDUAL:
+        s = s + tl.load(residual + row * WIDTH + d, mask=inside, other=0.0).to(COMPUTE)
+        tl.store(s_out + row * WIDTH + d, s.to(kind), mask=inside)
+        s = s.to(kind).to(COMPUTE)  # norm what the next layer will read
+    r = 1.0 / tl.sqrt(tl.sum(s * s, 0) / WIDTH + eps)
+    tl.store(rstd + row, r)
+    w = tl.load(weight + d, mask=inside, other=0.0).to(COMPUTE)
+    tl.store(y + row * WIDTH + d, (s * r * w).to(kind), mask=inside)
+
+
+@jit
+def rms_norm_backward_kernel(
+    dy, ds, s_in, weight, rstd, dx, dw, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd * (w dy - x_hat * mean(w dy x_hat)) (+ ds); each program also adds up dw over its ROWS rows."""
+    program = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = d < WIDTH
+    w = tl.load(weight + d, mask=inside, other=0.0).to(COMPUTE)
+    total = tl.zeros([BLOCK], dtype=COMPUTE)
+    lost = tl.zeros([BLOCK], dtype=COMPUTE)  # Kahan: what rounding took from `total`
+    for row in range(program * ROWS, tl.minimum((program + 1) * ROWS, rows)):
+        at = row * WIDTH + d
+        r = tl.load(rstd + row)
+        x_hat = tl.load(s_in + at, mask=inside, other=0.0).to(COMPUTE) * r
+        grad = tl.load(dy + at, mask=inside, other=0.0).to(COMPUTE)
+        term = grad * x_hat - lost
+        grown = total + term
+        lost = (grown - total) - term
+        total = grown
+        wdy = w * grad
+        out = r * (wdy - x_hat * (tl.sum(wdy * x_hat, 0) / WIDTH))
+        if RESIDUAL:
+            out += tl.load(ds + at, mask=inside, other=0.0).to(COMPUTE)
+        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
+    tl.store(dw + program * WIDTH + d, total, mask=inside)
