@@ -11,8 +11,8 @@ How a conversation becomes ids:
 3. A reply starts where the generation prompt ends: `render(messages[:i], add_generation_prompt=True)` is a prefix of
    the rendering for most templates and turns. Templates that rewrite history (Qwen3 drops old reasoning, Mistral
    moves the tools to the last question) are compared from the last shown message on. Text is cut there, so that the
-   ids that train are what a server feeds plus what it samples. That is the one difference from the library: it would fuse white
-   space at the start of a reply with the header's last newline, which no server can.
+   ids that train are what a server feeds plus what it samples. That is the one difference from the library: it would
+   fuse white space at the start of a reply with the header's last newline, which no server can.
 4. A reply ends with the first end-of-turn token behind its text, which is supervised. Where the text is inside the
    rendering is found by marking it (one private-use character per message) and rendering again. A template that
    writes no end after the last reply gets the tokenizer's.
@@ -76,18 +76,24 @@ class ChatEncoder:
         self.end_ids: frozenset[int] = self._find_end_ids()
         self._call_style = self._find_call_style()
 
-    def encode(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Encoded:
+    def encode(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, supervise_from: int = 0
+    ) -> Encoded:
         """Encode a whole conversation; every assistant turn is supervised with its end-of-turn token.
+
+        `supervise_from`: the first message that may be supervised; assistant turns before it are prompt.
 
         Raises ValueError if there is nothing to learn, if the template refuses the conversation or leaves a reply out.
         """
-        if not any(message["role"] == "assistant" and _says_something(message) for message in messages):
+        if not any(
+            message["role"] == "assistant" and _says_something(message) for message in messages[supervise_from:]
+        ):
             raise ValueError("nothing to learn: no assistant turn says anything; remove the row or give it a reply")
         if messages[0]["role"] == "assistant":
             raise ValueError("messages[0]: the assistant speaks first, so it has no prompt; put a user turn first")
         scene = self._scene(messages, tools)
         text = self._render(scene.messages, scene.tools, prompt=False)
-        spans, unended = self._spans(scene, text)
+        spans, unended = self._spans(scene, text, supervise_from)
         ids, mask = self._tokenize(scene, text, spans)
         if unended:
             if self._eos is None:
@@ -153,13 +159,13 @@ class ChatEncoder:
 
     # --- where the replies are ---
 
-    def _spans(self, scene: _Scene, text: str) -> tuple[list[tuple[int, int]], bool]:
+    def _spans(self, scene: _Scene, text: str, supervise_from: int) -> tuple[list[tuple[int, int]], bool]:
         """Return each assistant turn's [start, end) in the rendering, and whether the last one lacks an end token."""
         spans: list[tuple[int, int]] = []
         unended = False
         marked: tuple[list[dict[str, Any]], dict[str, int], Marked] | None = None
         for index, message in enumerate(scene.messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or index < supervise_from:
                 continue
             prompt = self._render(scene.messages[:index], scene.tools, prompt=True)
             span = self._plain_span(text, prompt, message)
