@@ -25,7 +25,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data as the model wil
 app.add_typer(data_app, name="data")
 
 EXTRAS = {  # what brings a module that is missing
-    "train": "torch transformers trl peft accelerate deepspeed bitsandbytes datasets safetensors reasoning_gym gguf numpy",
+    "train": "torch transformers trl peft accelerate deepspeed bitsandbytes datasets safetensors gguf numpy",
     "serve": "fastapi uvicorn httpx openai",
     "llamacpp": "xllamacpp",
     "vllm": "vllm",
@@ -290,6 +290,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 

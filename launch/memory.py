@@ -69,12 +69,16 @@ def estimate(recipe: Recipe, config: Shape, world_size: int) -> list[tuple[str, 
     stage = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}[recipe.parallel.engine]
     weights_ranks = world_size if stage >= 3 else 1
 
-    rows: list[tuple[str, float]] = [("weights", _weights(recipe, counts, width) / weights_ranks)]
-    if recipe.lora.rank:
+    frozen = recipe.lora.rank > 0
+    # Trained weights are fp32, as in training/models.py; ZeRO computes in the recipe's dtype and keeps fp32 beside it.
+    trained_width = width if stage and not frozen else 4
+
+    base = _weights(recipe, counts, width if frozen or stage else 4)
+    rows: list[tuple[str, float]] = [("weights", base / weights_ranks)]
+    if frozen:
         rows.append(("LoRA weights", trained * 4 / weights_ranks))
     elif recipe.method == "dpo" or (recipe.method == "grpo" and recipe.grpo.beta > 0):
         rows.append(("reference model", total * width / weights_ranks))
-    trained_width = 4 if recipe.lora.rank else width
     rows.append(("gradients", trained * trained_width / (world_size if stage >= 2 else 1)))
     place = " (host)" if recipe.parallel.offload == "cpu" else ""
     rows.append((f"optimizer{place}", _optimizer(trained, trained_width) / (world_size if stage >= 1 else 1)))

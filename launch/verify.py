@@ -1,0 +1,109 @@
+"""`shipyard verify`: every hash, parent and certificate under a directory, checked again."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..training.manifest import MANIFEST, Manifest, read_manifest
+from ..training.manifest import verify as verify_hashes
+from .assets import PREFIX, cache_dir
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked."""
+
+    path: str
+    kind: str
+    passed: bool
+    detail: str
+
+
+def verify_tree(path: Path, as_json: bool) -> bool:
+    """Check everything under `path`, print what was found, and return whether all of it holds.
+
+    Raises ValueError when there is nothing to check, which is not the same as nothing wrong.
+    """
+    root = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise ValueError(f"verify: {path} does not exist; give a run, checkpoint, model or export")
+    findings = list(findings_under(root))
+    if not findings:
+        raise ValueError(f"verify: {root} holds no {MANIFEST} and no certificate, so nothing there was ever committed")
+    passed = all(finding.passed for finding in findings)
+    if as_json:
+        print(json.dumps({"passed": passed, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        return passed
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    for finding in findings:
+        mark = "[green]ok    [/]" if finding.passed else "[red]FAILED[/]"
+        console.print(f"{mark} {finding.kind:11} {finding.path}  [dim]{finding.detail}[/]")
+    return passed
+
+
+def findings_under(root: Path) -> Iterator[Finding]:
+    """Check committed directories, then certificates, in path order. Unfinished scratch directories do not count."""
+    manifests = sorted(item.parent for item in root.rglob(MANIFEST) if not _is_scratch(item, root))
+    for directory in manifests:
+        try:
+            manifest = verify_hashes(directory)
+        except ValueError as error:
+            yield Finding(str(directory), "files", False, str(error))
+            continue
+        size = sum(entry["bytes"] for entry in manifest.files.values())
+        yield Finding(
+            str(directory), "files", True, f"{len(manifest.files)} files, {size / 1e6:.1f} MB, {manifest.digest}"
+        )
+    for directory in manifests:
+        yield from _lineage(directory)
+    for certificate in sorted(root.rglob("*certificate*.json")):
+        if not _is_scratch(certificate, root):
+            yield _certificate(certificate)
+
+
+def _is_scratch(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") and part.endswith((".tmp", ".old")) for part in path.relative_to(root).parts)
+
+
+def _lineage(directory: Path) -> Iterator[Finding]:
+    """A directory that names its parent's digest is checked against that parent, if the parent is still there."""
+    try:
+        about = read_manifest(directory).about
+    except ValueError:
+        return
+    parent, digest = about.get("model"), about.get("parent")
+    if not isinstance(parent, str) or not isinstance(digest, str):
+        return
+    manifest = _parent_manifest(parent)
+    if manifest is None:
+        yield Finding(str(directory), "lineage", True, f"made from {digest}; {parent} is not here to compare")
+    else:
+        same = manifest.digest == digest
+        detail = f"made from {parent}" if same else f"made from {digest}, but {parent} now holds {manifest.digest}"
+        yield Finding(str(directory), "lineage", same, detail)
+
+
+def _parent_manifest(name: str) -> Manifest | None:
+    """The manifest of a run's model, a model directory or a cached asset; None if it is not on this machine."""
+    path = cache_dir() / name.removeprefix(PREFIX) if name.startswith(PREFIX) else Path(name)
+    for candidate in (path / "model", path):
+        if (candidate / MANIFEST).is_file():
+            try:
+                return read_manifest(candidate)
+            except ValueError:
+                return None
+    return None
+
+
+def _certificate(path: Path) -> Finding:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return Finding(str(path), "certificate", False, "is not JSON; export again")
+    entries = tree if isinstance(tree, list) else [tree]
+    passed = all(isinstance(entry, dict) and entry.get("passed") is True for entry in entries) and bool(entries)
+    parts = [f"{entry.get('subject')} against {entry.get('reference')}" for entry in entries if isinstance(entry, dict)]
+    return Finding(str(path), "certificate", passed, "; ".join(parts))
