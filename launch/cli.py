@@ -68,17 +68,23 @@ def train(
 def export(
     model: Annotated[str, typer.Argument(help="A run, or a model directory.")],
     to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="Format.")] = "gguf",
-    quant: Annotated[Literal["f32", "f16", "bf16", "q8_0"], typer.Option(help="How GGUF stores matrices.")] = "f16",
-    out: Annotated[Path | None, typer.Option(help="Output directory [MODEL-FORMAT-QUANT].")] = None,
+    quant: Annotated[str | None, typer.Option(help="f32, f16, bf16 or q8_0; for gguf several with commas.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New directory. [default: MODEL-FORMAT]")] = None,
     as_json: Json = False,
 ) -> None:
     """Write hf, gguf or ollama, with a parity certificate."""
     from ..serving.export import export as write
+    from ..training.manifest import read_manifest
 
-    name = f"{to}-{quant}" if to != "hf" else "hf"
-    target = out or Path(model).with_name(f"{Path(model).name.replace('asset:', '')}-{name}")
-    certificate = write(_model_dir(model), target, to, quant)
-    _show_certificate(target, certificate, as_json)
+    source = _model_dir(model)
+    target = write(source, out or Path("exports") / f"{Path(model).name.removeprefix('asset:')}-{to}", to, quant)
+    certificates = read_manifest(target).about["certificates"]
+    if as_json:
+        typer.echo(json.dumps({"path": str(target), "certificates": certificates}, indent=1))
+        return
+    from .tables import print_certificates
+
+    print_certificates(target, certificates)
 
 
 @app.command()
@@ -203,16 +209,6 @@ def _model_dir(model: str) -> Path:
     if path.is_dir() or path.is_file():
         return path
     raise ValueError(f"model: {model} does not exist; give a run, a model directory or asset:NAME")
-
-
-def _show_certificate(target: Path, certificate: Any, as_json: bool) -> None:
-    plain = _plain(certificate)
-    if as_json:
-        typer.echo(json.dumps({"path": str(target), "certificate": plain}, indent=1))
-        return
-    from .tables import print_certificate
-
-    print_certificate(target, plain)
 
 
 def _plain(value: Any) -> Any:

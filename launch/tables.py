@@ -35,13 +35,22 @@ def print_memory(rows: Sequence[tuple[str, int]], world_size: int) -> None:
     console.print(table)
 
 
-def print_certificate(target: Path, certificate: Any) -> None:
-    """Print where an export went, and what its certificate says."""
+def print_certificates(target: Path, certificates: Sequence[Mapping[str, Any]]) -> None:
+    """Print where an export went, and what its certificates say."""
     console.print(f"wrote {target}", soft_wrap=True)
-    for entry in certificate if isinstance(certificate, list) else [certificate]:
+    for entry in certificates:
+        if entry.get("checked") is False:
+            console.print(f"[yellow]not checked[/]: {'; '.join(entry['limits'])}", soft_wrap=True)
+            continue
         verdict = "[green]passed[/]" if entry["passed"] else f"[red]FAILED[/]: {'; '.join(entry['failures'])}"
-        console.print(
-            f"{entry['subject']} against {entry['reference']}: KL {entry['mean_kl']:.1e} "
-            f"(budget {entry['budget']:.0e}), {entry['positions']} positions: {verdict}",
-            soft_wrap=True,
-        )
+        console.print(f"{certificate_line(entry)}: {verdict}", soft_wrap=True)
+
+
+def certificate_line(entry: Mapping[str, Any]) -> str:
+    """Say in a line what a certificate compared. Parity certificates have a KL, template ones a count."""
+    if "mean_kl" not in entry:
+        return f"template against the Jinja one, {entry['conversations']} conversations"
+    return (
+        f"{entry['subject']} against {entry['reference']}: KL {entry['mean_kl']:.1e} "
+        f"(budget {entry['budget']:.0e}), {entry['positions']} positions"
+    )

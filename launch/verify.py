@@ -74,7 +74,8 @@ def _lineage(directory: Path) -> Iterator[Finding]:
         about = read_manifest(directory).about
     except ValueError:
         return
-    parent, digest = about.get("model"), about.get("parent")
+    parent = about.get("model", about.get("source"))
+    digest = about.get("parent", about.get("source_digest"))
     if not isinstance(parent, str) or not isinstance(digest, str):
         return
     manifest = _parent_manifest(parent)
@@ -103,7 +104,9 @@ def _certificate(path: Path) -> Finding:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return Finding(str(path), "certificate", False, "is not JSON; export again")
-    entries = tree if isinstance(tree, list) else [tree]
-    passed = all(isinstance(entry, dict) and entry.get("passed") is True for entry in entries) and bool(entries)
-    parts = [f"{entry.get('subject')} against {entry.get('reference')}" for entry in entries if isinstance(entry, dict)]
-    return Finding(str(path), "certificate", passed, "; ".join(parts))
+    if tree.get("checked") is False:
+        return Finding(str(path), "certificate", True, "; ".join(tree.get("limits", [])) or "not checked")
+    numbers = f", KL {tree['mean_kl']:.1e} (budget {tree['budget']:.0e})" if "mean_kl" in tree else ""
+    failures = "; ".join(tree.get("failures", []))
+    detail = f"{tree.get('subject', 'template')}{numbers}{': ' + failures if failures else ''}"
+    return Finding(str(path), "certificate", tree.get("passed") is True, detail)
