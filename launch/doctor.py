@@ -18,6 +18,17 @@ from typing import Any, Literal
 DISTRIBUTION = "shipyard-llm"
 PROBE_TIMEOUT_S = 120
 CORE = ("torch", "transformers", "datasets", "trl", "deepspeed", "bitsandbytes")
+IMPORT_MARK = "shipyard-import"
+IMPORT_EACH = f"""
+import importlib, sys
+for name in sys.argv[1:]:
+    print("{IMPORT_MARK}", name, sep="\\t")
+    try:
+        importlib.import_module(name)
+        print("{IMPORT_MARK}", name, "", sep="\\t")
+    except BaseException as error:
+        print("{IMPORT_MARK}", name, " ".join(f"{{type(error).__name__}}: {{error}}".split()), sep="\\t")
+"""
 ENGINES = {  # engine -> (module, extra)
     "transformers": ("transformers", "train"),
     "llamacpp": ("xllamacpp", "llamacpp"),
@@ -173,30 +184,29 @@ def _kernels_shadow() -> Path | None:
 
 
 def _imports(version: Callable[[str], str | None]) -> list[Remark]:
-    """Import each big package in a child: an import that dies there is a line here."""
+    """Import the big packages in one child, so that one that dies there, or kills its process, is a line here."""
     present = [name for name in CORE if version(name)]
-    children = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", f"import {name}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1"},
+    environment = os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", IMPORT_EACH, *present]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=PROBE_TIMEOUT_S, check=False
         )
-        for name in present
-    }
+        lines = done.stdout.splitlines()
+        ended = f"ended its process (exit code {done.returncode})"
+    except subprocess.TimeoutExpired as error:
+        lines = (error.stdout or b"").decode(errors="replace").splitlines()
+        ended = f"took longer than {PROBE_TIMEOUT_S} s"
+    said = [line.split("\t", 2) for line in lines if line.startswith(IMPORT_MARK)]
+    results = {parts[1]: parts[2] for parts in said if len(parts) == 3}
     remarks = []
-    for name, child in children.items():
-        try:
-            _, errors = child.communicate(timeout=PROBE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            errors = f"import took longer than {PROBE_TIMEOUT_S} s"
-        if child.returncode != 0:
-            lines = (errors or "").strip().splitlines()
-            reason = lines[-1] if lines else f"exit code {child.returncode}"
+    for name in present:
+        result = results.get(name)
+        if result is None and name in [parts[1] for parts in said]:
+            result = ended
+        if result:
             mend = f"pip install --force-reinstall --no-deps '{name}=={version(name)}'"
-            remarks.append(Remark("error", name, f"does not import: {reason}", mend))
+            remarks.append(Remark("error", name, f"does not import: {result}", mend))
     return remarks
 
 

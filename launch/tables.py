@@ -1,14 +1,42 @@
-"""Tables for a person: results of evaluations, certificates, memory."""
+"""What a person sees: tables of results, certificates and memory, and a spinner while something takes long."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+PATIENCE_S = 2.0
 console = Console()
+
+
+@contextlib.contextmanager
+def spinner(message: str, quiet: bool = False) -> Iterator[None]:
+    """Show a spinner with the time passed on stderr, once two seconds have; a line where stderr is no terminal."""
+    if quiet or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    errors = Console(file=sys.stderr)
+    parts = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    bar = Progress(*parts, console=errors, transient=True)
+    bar.add_task(message, total=None)
+    timer = threading.Timer(PATIENCE_S, bar.start if errors.is_terminal else lambda: errors.print(message))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def plain(value: Any) -> Any:
