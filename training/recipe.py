@@ -49,7 +49,10 @@ class Data(Section):
     validation_rows: CountInt = 0
     train_rows: CountInt = Field(0, description="use so many rows (chosen by the seed); 0 uses all")
     split: str = "train"
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "preference", "text", "task"] = "auto"
+    where: Mapping[str, str] | None = Field(None, description="use only rows whose columns hold these values")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "preference", "text", "task"] = (
+        "auto"
+    )
     system: str | None = Field(None, description="system turn put before every conversation that has none")
     prompt: str | None = Field(None, description="str.format template over the row's columns")
     completion: str | None = Field(None, description="str.format template over the row's columns")
@@ -143,7 +146,7 @@ class Recipe(Section):
             ),
             (
                 self.model.quantize == "nf4" and self.parallel.engine == "zero3",
-                "parallel.engine: zero3 cannot partition nf4 weights; use zero2 (they are small) or model.quantize: none",
+                "parallel.engine: zero3 cannot partition nf4 weights; use zero2, or model.quantize: none",
             ),
             (
                 self.parallel.offload == "cpu" and self.parallel.engine == "ddp",
@@ -163,7 +166,7 @@ class Recipe(Section):
             ),
             (
                 self.method == "grpo" and self.parallel.engine == "zero3",
-                "parallel.engine: grpo generates from the weights in place, which zero3 scatters; use ddp, zero1 or zero2",
+                "parallel.engine: grpo samples from the weights in place, which zero3 scatters; use ddp, zero1 or zero2",
             ),
             (
                 self.data.prompt is not None and self.data.completion is None and self.method == "sft",
@@ -174,6 +177,10 @@ class Recipe(Section):
             if broken:
                 raise ValueError(message)
         return self
+
+
+MAPPINGS = ("data.labels", "data.where", "grpo.task_options")
+"""Knobs that hold free keys of their own."""
 
 
 def knobs(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
@@ -227,7 +234,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"override: {override!r} is not key=value; write optim.lr=1e-4, for instance")
-    if key not in knobs() and not any(key.startswith(f"{known}.") for known in ("data.labels", "grpo.task_options")):
+    if key not in knobs() and key.rpartition(".")[0] not in MAPPINGS:
         raise ValueError(f"override: {key!r} is no recipe key{_did_you_mean(key, knobs())}")
     try:
         value = yaml.safe_load(text)
@@ -282,7 +289,9 @@ def _one_line(error: ValidationError) -> str:
 def _allowed(location: Sequence[Any]) -> str:
     section: type[BaseModel] | None = Recipe
     for part in location[:-1]:
-        section = _section_of(section.model_fields[part].annotation) if section and part in section.model_fields else None
+        section = (
+            _section_of(section.model_fields[part].annotation) if section and part in section.model_fields else None
+        )
     field = section.model_fields.get(str(location[-1])) if section else None
     if field is None:
         return "see the recipe's other values"

@@ -1,0 +1,222 @@
+"""The one loop: every method, every engine, one process or many.
+
+A step is: the global batch, this rank's micro-batches of it, each one's part of the loss divided by the global
+denominator, one update, one line. What a step computes does not depend on how it is cut.
+"""
+
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from ..kernels.huggingface import plug
+from . import checkpoint, finish
+from .batches import share, steps_per_epoch
+from .dataset import Dataset, load_dataset
+from .dpo import PreferenceTuning
+from .grpo import GroupRelativeTuning
+from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
+from .lora import add_adapters
+from .manifest import Manifest
+from .method import Method
+from .models import load_model, load_tokenizer
+from .optim import build_optimizer, learning_rate
+from .parallel import Engine, Ranks, build_engine, start
+from .recipe import Recipe, dump_recipe
+from .reference import Reference
+from .sft import SupervisedTuning
+
+EXIT_PREEMPTED = 143
+CUT_KNOBS = ("run_dir", "resume", "parallel", "checkpoints", "log")
+"""Sections that say how and where a run is computed, not what: they may change between a run and its resumption."""
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe to its end, resuming what is there; return the run directory.
+
+    `run_dir/model` then holds the whole trained model, merged, in the Hugging Face layout, committed. A run that is
+    already finished is verified and returned. Raises ValueError, one line, for what the user can mend.
+    """
+    ranks = start(recipe)
+    run_dir = Path(recipe.run_dir)
+    if (done := finish.finished(run_dir, identity(recipe))) is not None:
+        if ranks.first:
+            print(f"{run_dir}: finished before, verified ({done.digest[:12]})")
+        return run_dir
+    _prepare_directory(recipe, run_dir, ranks)
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_dataset(recipe, tokenizer, run_dir) if recipe.method != "grpo" else None
+    model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
+    plug(model, recipe.model.kernels)
+    if recipe.lora.rank:
+        model = add_adapters(model, recipe.lora, recipe.seed)
+    if recipe.model.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    needs_reference = recipe.method == "dpo" or (recipe.method == "grpo" and recipe.grpo.beta > 0)
+    reference = Reference(model) if needs_reference else None
+    optimizer = build_optimizer(recipe.optim, model.named_parameters())
+    engine = build_engine(ranks, model, optimizer, recipe)
+    method = _method(recipe, ranks, engine, tokenizer, data, reference)
+    steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
+    log = StepLog(recipe, run_dir, steps, ranks.first)
+    _introduce(recipe, engine, data, steps, log)
+    first_step = _resume(recipe, engine, method, run_dir, log)
+    _steps(recipe, engine, method, run_dir, log, range(first_step, steps))
+    finish.finish(recipe, engine, tokenizer, run_dir, identity(recipe), log)
+    log.close()
+    return run_dir
+
+
+def _steps(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: StepLog, todo: range) -> None:
+    ranks, every = engine.ranks, recipe.checkpoints.every_steps
+    peak = peak_flops(ranks.device, getattr(torch, recipe.model.dtype)) * ranks.world_size
+    flops = flops_per_token(engine.module)
+    with _sigterm() as asked_to_stop, progress(recipe.method, len(todo), log.console, ranks.first) as advance:
+        for step in todo:
+            began = time.perf_counter()
+            values = run_step(recipe, engine, method, step, todo.stop, bool(asked_to_stop))
+            seconds = time.perf_counter() - began
+            stop = values.pop("asked_to_stop") > 0
+            rate = values["tokens"] / seconds
+            speed = {"tokens_per_s": rate, "mfu": rate * flops / peak, "memory_gib": memory_gib(ranks.device)}
+            log.step(step + 1, {**values, **speed, "seconds": seconds})
+            advance()
+            last = step + 1 == todo.stop
+            if last or stop or (every and (step + 1) % every == 0):
+                save(recipe, engine, method, run_dir, step + 1)
+            if stop and not last:
+                log.say(f"SIGTERM: step {step + 1} is saved in {run_dir}; the same command goes on from there")
+                raise SystemExit(EXIT_PREEMPTED)
+
+
+def run_step(
+    recipe: Recipe, engine: Engine, method: Method, step: int, steps: int, asked_to_stop: bool = False
+) -> dict[str, float]:
+    """One optimizer step (`step` from 0); return the global numbers. Collective.
+
+    Raises ValueError, weights untouched, when the global loss is not a finite number.
+    """
+    ranks, batch = engine.ranks, recipe.batch
+    items = method.batch(step)
+    totals = method.totals(items)
+    parts: dict[str, float] = {}
+    micro_batches = share(method.useful(items), batch.size, batch.micro, ranks.world_size, ranks.rank)
+    for number, micro_items in enumerate(micro_batches):
+        with engine.micro_batch(last=number == len(micro_batches) - 1):
+            loss, numbers = method.loss(engine.model, micro_items, totals)
+            engine.backward(loss, last=number == len(micro_batches) - 1)
+        parts = {key: parts.get(key, 0.0) + value for key, value in numbers.items()}
+    values = ranks.sum({**parts, "asked_to_stop": float(asked_to_stop)})
+    if values["loss"] != values["loss"] or abs(values["loss"]) == float("inf"):
+        raise ValueError(
+            f"loss: step {step + 1} gives {values['loss']}, and no weight was changed; lower optim.lr "
+            f"({recipe.optim.lr:g}) or look at the rows of this step with `shipyard data inspect`"
+        )
+    lr = learning_rate(recipe.optim, step, steps)
+    norm = engine.step(lr)
+    counts = {"tokens": totals["tokens"], "supervised": totals["supervised"]}
+    return {"loss": values.pop("loss"), "lr": lr, "grad_norm": norm, **values, **method.summary(items), **counts}
+
+
+def save(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, step: int) -> None:
+    """Write a checkpoint after `step` finished steps. Collective."""
+    about = {"identity": identity(recipe), "world_size": engine.ranks.world_size, "engine": recipe.parallel.engine}
+    checkpoint.save(engine, run_dir, step, method.state(), about, recipe.checkpoints.keep_last)
+
+
+def _resume(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: StepLog) -> int:
+    found, complaints = checkpoint.newest(run_dir)
+    for complaint in complaints:
+        log.say(f"resume: {complaint}")
+    if found is None:
+        log.forget_from(0)
+        return 0
+    _refuse_other_run(found, recipe)
+    step = checkpoint.restore(engine, found, method.load_state)
+    log.forget_from(step)
+    log.say(f"resume: going on after step {step} from {found.path}")
+    return step
+
+
+def _refuse_other_run(found: Manifest, recipe: Recipe) -> None:
+    if found.about["identity"] != identity(recipe):
+        raise ValueError(
+            f"run_dir: {found.path.parent} holds a run of another recipe (compare its recipe.yaml); "
+            "set another run_dir, or resume=never to start over in this one"
+        )
+
+
+def identity(recipe: Recipe) -> str:
+    """Hash of every knob that decides what is computed. Runs of equal identity may continue each other."""
+    tree = recipe.model_dump(mode="json", exclude=set(CUT_KNOBS))
+    tree["batch"].pop("micro")
+    tree["model"].pop("kernels")
+    tree["model"].pop("activation_checkpointing")
+    return xxhash.xxh3_128_hexdigest(repr(sorted(_flat(tree, ""))).encode())
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", repr(value)
+
+
+def _prepare_directory(recipe: Recipe, run_dir: Path, ranks: Ranks) -> None:
+    if ranks.first:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        found, _ = checkpoint.newest(run_dir) if recipe.resume == "auto" else (None, [])
+        if found is not None:
+            _refuse_other_run(found, recipe)
+        if recipe.resume == "never":
+            for old in [*run_dir.glob("step-*"), run_dir / "model", run_dir / "adapter"]:
+                shutil.rmtree(old, ignore_errors=True)
+        (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    ranks.wait()
+
+
+def _method(
+    recipe: Recipe, ranks: Ranks, engine: Engine, tokenizer: Any, data: Dataset | None, reference: Reference | None
+) -> Method:
+    if recipe.method == "grpo":
+        return GroupRelativeTuning(recipe, ranks, engine.module, tokenizer, reference)
+    assert data is not None
+    if recipe.method == "dpo":
+        assert reference is not None
+        return PreferenceTuning(recipe, data.train, reference)
+    return SupervisedTuning(recipe, data.train)
+
+
+def _introduce(recipe: Recipe, engine: Engine, data: Dataset | None, steps: int, log: StepLog) -> None:
+    trained = sum(p.numel() for _, p in engine.named_trainable())
+    ranks = f"{engine.ranks.world_size} rank{'s' if engine.ranks.world_size > 1 else ''}"
+    log.say(
+        f"{recipe.method}: {recipe.model.name}, {trained / 1e6:.2f}M weights train, {recipe.parallel.engine} on {ranks} "
+        f"({engine.ranks.device.type}), {steps} steps of {recipe.batch.size}"
+    )
+    if data is not None:
+        left_out = f", {data.quarantined} quarantined in {data.quarantine_path}" if data.quarantined else ""
+        log.say(f"data: {len(data.train)} rows to train on, {len(data.validation)} held out{left_out}")
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """Yield a list that SIGTERM makes non-empty, so that a step in flight is finished and saved."""
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:  # not in the main thread: somebody else handles signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)

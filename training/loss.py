@@ -1,0 +1,95 @@
+"""Losses as sums: the one place where log-probabilities become numbers to minimize.
+
+Every function returns a *sum* over what it is given. The loop divides by a count over the global batch, so the result
+does not depend on how that batch was cut (an average of averages does: a micro-batch with few supervised tokens would
+weigh as much as one with many).
+
+Shape legend: B rows, T tokens, K kept columns, N targets, V vocabulary, R documents, P preference pairs.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .batches import MicroBatch
+
+CHUNK_LOGITS = 1 << 26
+"""Logits turned to fp32 at a time (256 MiB): a 128k vocabulary never has all its fp32 logits in memory at once."""
+
+
+def target_log_probs(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probability of every supervised target, fp32, shape (N,), gradients on.
+
+    The head runs on the kept columns only. `use_cache=False` and no attention mask: with either, transformers lets
+    packed documents see each other.
+    """
+    logits_BKV = model(
+        input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False, logits_to_keep=batch.keep_K
+    ).logits
+    logits_NV = logits_BKV.reshape(-1, logits_BKV.shape[-1])
+    if len(batch.select_N) != len(logits_NV):
+        logits_NV = logits_NV[batch.select_N]
+    return gather_log_probs(logits_NV, batch.targets_N, temperature)
+
+
+def gather_log_probs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) at the targets, in fp32, shape (N,), a chunk of rows at a time."""
+    rows = max(1, CHUNK_LOGITS // logits_NV.shape[-1])
+    if len(logits_NV) <= rows:
+        return _log_probs(logits_NV, targets_N, temperature)
+    parts = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+    recomputed = [checkpoint(_log_probs, part, targets, temperature, use_reentrant=False) for part, targets in parts]
+    return torch.cat(recomputed)
+
+
+def _log_probs(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+    return -F.cross_entropy(logits_NV.float() / temperature, targets_N, reduction="none")
+
+
+def per_document(values_N: Tensor, batch: MicroBatch) -> Tensor:
+    """Sum values over the targets of each document, shape (R,)."""
+    return values_N.new_zeros(batch.rows).index_add(0, batch.row_N, values_N)
+
+
+def nll_sum(logp_N: Tensor, weights_N: Tensor) -> Tensor:
+    """Negative log-likelihood summed over targets; divide by the global number of supervised tokens."""
+    return -(logp_N * weights_N).sum()
+
+
+def dpo_losses(
+    chosen_P: Tensor, rejected_P: Tensor, kind: Literal["sigmoid", "ipo", "hinge"], beta: float, smoothing: float
+) -> Tensor:
+    """Loss of each pair from policy-minus-reference log-ratios, shape (P,).
+
+    sigmoid: Rafailov et al. 2023, equation 7, with the label smoothing of cDPO (Mitchell 2023). ipo: Azar et al. 2023,
+    equation 17, on log-ratios *averaged* over the reply's tokens, which the caller passes in. hinge: Zhao et al. 2023.
+    """
+    margin_P = chosen_P - rejected_P
+    if kind == "sigmoid":
+        return -F.logsigmoid(beta * margin_P) * (1 - smoothing) - F.logsigmoid(-beta * margin_P) * smoothing
+    if kind == "ipo":
+        return (margin_P - 1 / (2 * beta)) ** 2
+    return torch.relu(1 - beta * margin_P)
+
+
+def clipped_policy_loss(
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate of each token and whether it was clipped, shape (N,) both.
+
+    Shao et al. 2024 (GRPO), equation 3, with the asymmetric clip of DAPO (Yu et al. 2025). The caller sums it over
+    tokens and divides by the global number of tokens (DAPO, equation 8), which favours no reply for being short.
+    """
+    ratio_N = torch.exp(logp_N - old_logp_N)
+    clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
+    loss_N = -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
+    return loss_N, (clipped_N * advantage_N < ratio_N * advantage_N)
+
+
+def kl_to_reference(logp_N: Tensor, reference_N: Tensor) -> Tensor:
+    """Unbiased, non-negative estimate of KL(policy || reference) at each sampled token (Schulman 2020, "k3"), (N,)."""
+    difference_N = reference_N - logp_N
+    return torch.exp(difference_N) - difference_N - 1

@@ -1,0 +1,100 @@
+"""Models and tokenizers: from a directory, an asset, a hub name, an earlier run, or from scratch."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import recipe as recipes
+
+SCRATCH = "scratch"
+SHAPES = Path(__file__).parent.parent / "launch" / "shapes"
+
+
+def locate(name: str) -> str:
+    """Turn a recipe's model name into what transformers loads: a directory, or a hub name as it stands.
+
+    `asset:NAME` is fetched and verified; the directory of an earlier run stands for the model that it trained.
+    Raises ValueError when a path is meant and nothing whole is there.
+    """
+    from ..launch.assets import resolve
+
+    path = resolve(name)
+    if (path / "model" / "config.json").is_file():
+        return str(path / "model")
+    if path.is_dir() and not (path / "config.json").is_file():
+        unfinished = (path / "recipe.yaml").is_file()
+        reason = "is a run that has not finished; train it to its end" if unfinished else "holds no config.json"
+        raise ValueError(f"model.name: {name} {reason}, or name another model")
+    looks_like_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
+    if not path.exists() and looks_like_path:
+        raise ValueError(f"model.name: {name} does not exist; give a directory, a hub name (owner/model) or asset:NAME")
+    return str(path) if path.exists() else name
+
+
+def shape_config(shape: str) -> dict[str, Any]:
+    """Read a model shape: a name in launch/shapes, or a path to a config.json."""
+    path = SHAPES / f"{shape}.json" if not shape.endswith(".json") else Path(shape)
+    if not path.is_file():
+        known = ", ".join(sorted(item.stem for item in SHAPES.glob("*.json")))
+        raise ValueError(f"model.shape: {shape!r} is not there; choose one of {known}, or give a config.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_tokenizer(model: recipes.Model) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that goes with the model. Raises ValueError when it cannot be had."""
+    name = model.tokenizer or model.name
+    if name == SCRATCH:
+        raise ValueError("model.tokenizer: a model from scratch needs one; name a directory, hub name or asset:NAME")
+    try:
+        return AutoTokenizer.from_pretrained(locate(name))
+    except (OSError, ImportError) as error:
+        raise ValueError(_unreachable("model.tokenizer", name, error)) from None
+
+
+def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreTrainedModel:
+    """Load weights for training.
+
+    Weights that are trained directly are fp32 (`trains_all`; the engine computes in `model.dtype`); frozen ones are
+    stored in `model.dtype`, or NF4 with double quantization (Dettmers et al. 2023, QLoRA).
+    """
+    dtype = torch.float32 if trains_all else getattr(torch, model.dtype)
+    if model.name == SCRATCH:
+        if model.shape is None:
+            raise ValueError("model.shape: a model from scratch needs one; name a file of launch/shapes")
+        torch.manual_seed(seed)
+        tree = shape_config(model.shape)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree), dtype=dtype)
+    quantization = None
+    if model.quantize == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+        )
+    device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            locate(model.name),
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device} if quantization else None,
+        )
+    except OSError as error:
+        raise ValueError(_unreachable("model.name", model.name, error)) from None
+
+
+def _unreachable(field: str, name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0]
+    return f"{field}: {name} cannot be loaded ({first}); give a directory, or log in to the hub and run while online"

@@ -1,0 +1,37 @@
+"""Supervised fine-tuning and pretraining: next-token loss over supervised tokens, per token of the global batch."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from .batches import batch_indices, collate
+from .dataset import Sample
+from .loss import nll_sum, target_log_probs
+from .method import Method, device_of
+from .recipe import Recipe
+
+
+class SupervisedTuning(Method[Sample]):
+    """Items are samples; the denominator is the number of supervised tokens in the global batch."""
+
+    def __init__(self, recipe: Recipe, samples: Sequence[Sample]) -> None:
+        self.recipe, self.samples, self.rows = recipe, samples, len(samples)
+
+    def batch(self, step: int) -> list[Sample]:
+        """The global batch of a step, the same on every rank."""
+        chosen = batch_indices(self.recipe.seed, step, self.rows, self.recipe.batch.size)
+        return [self.samples[index] for index in chosen]
+
+    def totals(self, items: Sequence[Sample]) -> dict[str, float]:
+        """Denominators and counts over the global batch."""
+        tokens = sum(len(item.ids) for item in items)
+        return {"tokens": float(tokens), "supervised": float(sum(int(item.mask.sum()) for item in items))}
+
+    def loss(
+        self, model: nn.Module, items: Sequence[Sample], totals: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """This micro-batch's part of the global loss, and its part of every logged number."""
+        batch = collate(items, self.recipe.batch.packing).to(device_of(model))
+        logp_N = target_log_probs(model, batch)
+        loss = nll_sum(logp_N, batch.weights_N) / totals["supervised"]
+        return loss, {"loss": float(loss.detach())}
