@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -115,19 +115,19 @@ def chat(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run, or a model directory.")],
-    suite: Annotated[str, typer.Option(help="Name of a suite of tasks.")] = "demo",
+    suite: Annotated[str, typer.Option(help="demo, or a recipe: what it holds out is scored.")] = "demo",
+    rows: Annotated[int, typer.Option(min=0, help="How many rows; 0 takes all.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Score a model on held-out tasks, with confidence intervals."""
-    from ..evals.tasks import evaluate as score
+    """Score a model on held-out rows, with confidence intervals."""
+    from ..evals.tasks import evaluate_suite
+    from .tables import plain, print_results
 
-    results = score(_model_dir(model), suite)
+    results = evaluate_suite(model, suite, rows)
     if as_json:
-        typer.echo(json.dumps([_plain(result) for result in results], indent=1))
-        return
-    from .tables import print_results
-
-    print_results({model: results})
+        typer.echo(json.dumps([plain(result) for result in results], indent=1))
+    else:
+        print_results(results)
 
 
 @app.command()
@@ -211,12 +211,6 @@ def _model_dir(model: str) -> Path:
     if path.is_dir() or path.is_file():
         return path
     raise ValueError(f"model: {model} does not exist; give a run, a model directory or asset:NAME")
-
-
-def _plain(value: Any) -> Any:
-    from .tables import plain
-
-    return plain(value)
 
 
 def main() -> None:

@@ -7,11 +7,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..evals.tasks import Result
 
 PATIENCE_S = 2.0
 console = Console()
@@ -48,6 +51,21 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def print_results(results: Sequence["Result"]) -> None:
+    """Print scores with their 95 % intervals, a row each."""
+    table = Table()
+    for column in ("stage", "suite", "metric"):
+        table.add_column(column)
+    for column in ("score", "95 %", "rows", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("note")
+    for result in results:
+        interval = f"{result.low:.1%} - {result.high:.1%}"
+        numbers = (f"{result.value:.1%}", interval, str(result.n), f"{result.seconds:.0f}")
+        table.add_row(result.stage, result.suite, result.metric, *numbers, result.note)
+    console.print(table)
 
 
 def print_memory(rows: Sequence[tuple[str, int]], world_size: int) -> None:
