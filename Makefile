@@ -1,0 +1,36 @@
+# make demo   set up, and run the whole product on a real 135M Llama
+# make test   set up, and run the tests
+# make check  lint and type-check
+# make env    set up only: .venv with everything the demo needs
+.PHONY: demo test test-slow check env env-dev clean
+.DEFAULT_GOAL := help
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+DEMO_EXTRAS := train,llamacpp,ollama,evals
+DEV_EXTRAS := $(DEMO_EXTRAS),kernels,dev
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+env:
+	@launch/environment.sh demo $(DEMO_EXTRAS)
+
+env-dev:
+	@launch/environment.sh dev $(DEV_EXTRAS)
+
+demo: env
+	@.venv/bin/shipyard demo
+
+test: env-dev
+	.venv/bin/python -m pytest
+
+test-slow: env-dev
+	.venv/bin/python -m pytest -m slow
+
+check: env-dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+
+clean:
+	rm -rf .venv build dist *.egg-info runs exports
