@@ -6,6 +6,7 @@ symbols are called through ctypes, and the layout of its parameter structs is ch
 """
 
 import ctypes
+import importlib
 import importlib.util
 import json
 import os
@@ -222,8 +223,8 @@ class LlamaServer:
 
 
 def _serve_here(request: ServerRequest) -> None:
-    import xllamacpp
-
+    # A compiled module: it has no source or stubs in which a type checker could find its names.
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = request.gguf
     parameters.hostnames = ["127.0.0.1"]
