@@ -17,8 +17,9 @@ import numpy as np
 from .chat import ChatEncoder, Encoded
 from .control_tokens import ControlTokens
 from .formats import Conversation, Preference, check_templates, to_conversation, to_preference, to_text
+from .quarantine import Quarantine, Row
 from .recipe import Data, Recipe
-from .rows import Quarantine, Row, read_into
+from .rows import read_into
 
 QUARANTINE = "quarantine.jsonl"
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Dataset:
     quarantined: int
     quarantine_path: Path | None
     truncated: int = 0
+    outside: int = 0
+    """Rows that data.where leaves aside, by the recipe's wish: counted, not quarantined."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,15 @@ def load_dataset(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Dataset:
         logger.warning("data: %d rows left out, with reasons in %s", len(quarantine.entries), path)
     if encode.truncated:
         logger.warning("data: %d samples cut at data.max_tokens: %d", encode.truncated, data.max_tokens)
-    return Dataset(train, validation, len(quarantine.entries), path, encode.truncated)  # type: ignore[arg-type]
+    return Dataset(train, validation, len(quarantine.entries), path, encode.truncated, quarantine.outside)  # type: ignore[arg-type]
 
 
 def _documents(name: str, recipe: Recipe, quarantine: Quarantine) -> list[_Document]:
     data, documents = recipe.data, []
     for row in read_into(quarantine, name, data.split):
+        if not _inside(row, data):
+            quarantine.outside += 1
+            continue
         try:
             content = _content(row, recipe.method, data)
         except ValueError as error:
@@ -110,6 +116,16 @@ def _documents(name: str, recipe: Recipe, quarantine: Quarantine) -> list[_Docum
             continue
         documents.append(_Document(row, _key(content), content))
     return documents
+
+
+def _inside(row: Row, data: Data) -> bool:
+    for column, wanted in (data.where or {}).items():
+        if column not in row.values:
+            known = ", ".join(map(str, list(row.values)[:8]))
+            raise ValueError(f"data.where: {row.source} has no column {column!r}; its columns are {known}")
+        if str(row.values[column]) != wanted:
+            return False
+    return True
 
 
 def _content(row: Row, method: str, data: Data) -> Conversation | Preference | str:

@@ -78,9 +78,9 @@ def _whole_weights(engine: Engine):
     """ZeRO-3 scatters weights over ranks; gather them while the block runs."""
     with contextlib.ExitStack() as stack:
         if isinstance(engine, ZeroEngine) and engine.stage == 3:
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            stack.enter_context(GatheredParameters(list(engine.module.parameters())))
+            stack.enter_context(deepspeed.zero.GatheredParameters(list(engine.module.parameters())))
         yield
 
 

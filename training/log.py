@@ -127,7 +127,7 @@ def flops_per_token(model: nn.Module) -> float:
     gradient if it is trained (attention's quadratic part is left out, so MFU is understated on long documents)."""
     total = 0.0
     for name, parameter in model.named_parameters():
-        count = parameter.numel()
+        count = getattr(parameter, "ds_numel", parameter.numel())
         if hasattr(parameter, "quant_state") and parameter.quant_state is not None:  # pyright: ignore
             count = parameter.quant_state.shape.numel()  # pyright: ignore
         if "embed_tokens" not in name:

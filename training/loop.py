@@ -196,15 +196,16 @@ def _method(
 
 
 def _introduce(recipe: Recipe, engine: Engine, data: Dataset | None, steps: int, log: StepLog) -> None:
-    trained = sum(p.numel() for _, p in engine.named_trainable())
-    ranks = f"{engine.ranks.world_size} rank{'s' if engine.ranks.world_size > 1 else ''}"
+    trained = sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.named_trainable())
+    ranks = f"{engine.ranks.world_size} rank{'s' if engine.ranks.world_size > 1 else ''} ({engine.ranks.device.type})"
     log.say(
-        f"{recipe.method}: {recipe.model.name}, {trained / 1e6:.2f}M weights train, {recipe.parallel.engine} on {ranks} "
-        f"({engine.ranks.device.type}), {steps} steps of {recipe.batch.size}"
+        f"{recipe.method}: {recipe.model.name}, {trained / 1e6:.2f}M weights train, {recipe.parallel.engine} on "
+        f"{ranks}, {steps} steps of {recipe.batch.size}"
     )
     if data is not None:
         left_out = f", {data.quarantined} quarantined in {data.quarantine_path}" if data.quarantined else ""
-        log.say(f"data: {len(data.train)} rows to train on, {len(data.validation)} held out{left_out}")
+        outside = f", {data.outside} outside data.where" if data.outside else ""
+        log.say(f"data: {len(data.train)} rows to train on, {len(data.validation)} held out{outside}{left_out}")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Directories that are whole or absent: every file hashed, everything synced, the manifest renamed into place last.
 
 A directory is *committed* when it holds `manifest.json`. A process killed at any instant leaves either no manifest (the
-directory does not count) or a manifest whose hashes match what is on disk. Hashes are XXH3-128: they detect accidents at
-memory speed; they are no defence against somebody who forges files.
+directory does not count) or a manifest whose hashes match what is on disk. Hashes are XXH3-128: they detect accidents
+at memory speed; they are no defence against somebody who forges files.
 """
 
 import errno

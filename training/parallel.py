@@ -100,7 +100,7 @@ class Engine:
             yield
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear; return the global gradient norm before clipping. One that is not finite updates nothing."""
+        """Clip, update, clear; return the global norm before clipping. One that is not finite updates nothing."""
         norm = float(nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm))
         if norm == norm and norm != float("inf"):
             for group in self.optimizer.param_groups:
@@ -169,6 +169,7 @@ class ZeroEngine(Engine):
     def read(self) -> Iterable[tuple[str, dict[str, Tensor]]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        self._link_state()
         for name, parameter in self.named_trainable():
             value = safe_get_full_fp32_param(parameter)
             first = safe_get_full_optimizer_state(parameter, "exp_avg")
@@ -188,6 +189,7 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self._create_state()
+        self._link_state()
         for name, parameter in self.named_trainable():
             stored = tensors[name]
             safe_set_full_fp32_param(parameter, stored["value"].to(self.ranks.device))
@@ -198,6 +200,13 @@ class ZeroEngine(Engine):
 
     def _inner(self) -> torch.optim.Optimizer:
         return self.deepspeed.optimizer.optimizer
+
+    def _link_state(self) -> None:
+        """DeepSpeed 0.19 ties parameters to their moments after the first group's first step, when those of later groups
+        do not exist yet, and never again; without this, reading a bias' moments fails under ZeRO-1 and 2."""
+        if self.stage < 3:
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _create_state(self) -> None:
         """AdamW makes its moments in its first step; a run that resumes needs them before."""

@@ -1,8 +1,8 @@
 """The recipe: everything that decides a run, as frozen pydantic models read from YAML.
 
 One recipe file drives every method on every machine. An unknown key is an error that names the nearest known key;
-a combination that cannot work is refused before anything is loaded. `KNOBS` in `tests/training/test_recipe.py` holds the
-complete list of keys, so that no option arrives unnoticed.
+a combination that cannot work is refused before anything is loaded. `KNOBS` in `tests/training/test_recipe.py` holds
+the complete list of keys, so that no option arrives unnoticed.
 """
 
 import difflib
