@@ -9,10 +9,10 @@ How a conversation becomes ids:
    (`control_tokens.py`), stand-ins put back. Where nobody spells a control token and no reply starts with white space,
    the ids are those of `tokenizer(rendering, add_special_tokens=False)`.
 3. A reply starts where the generation prompt ends: `render(messages[:i], add_generation_prompt=True)` is a prefix of
-   the rendering for most templates and turns. Templates that rewrite history (Qwen3 drops old reasoning, Mistral
-   moves the tools to the last question) are compared from the last shown message on. Text is cut there, so that the
-   ids that train are what a server feeds plus what it samples. That is the one difference from the library: it would
-   fuse white space at the start of a reply with the header's last newline, which no server can.
+   the rendering for most templates and turns. Where it is not (Qwen3 drops old reasoning, Mistral moves the tools
+   to the last question), the two are compared from the last message that both show (`replies.py`). Text is cut there,
+   so that the ids that train are what a server feeds plus what it samples. That is the one difference from the
+   library: it would fuse white space at the start of a reply with the header's last newline, which no server can.
 4. A reply ends with the first end-of-turn token behind its text, which is supervised. Where the text is inside the
    rendering is found by marking it (one private-use character per message) and rendering again. A template that
    writes no end after the last reply gets the tokenizer's.
@@ -26,18 +26,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from .control_tokens import ControlTokens, unused_characters
-from .marks import (
-    REASONING_KEYS,
-    REASONING_TAGS,
-    Marked,
-    after_header,
-    common_prefix,
-    find_marks,
-    map_strings,
-    mark_message,
-)
-
-Message = Mapping[str, Any]
+from .marks import REASONING_KEYS, REASONING_TAGS, map_strings
+from .replies import Message, Replies
 
 
 @dataclass(frozen=True)
@@ -75,6 +65,7 @@ class ChatEncoder:
         self._eos: int | None = tokenizer.eos_token_id
         self.end_ids: frozenset[int] = self._find_end_ids()
         self._call_style = self._find_call_style()
+        self._shows_tools = self._probe_tools()
 
     def encode(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, supervise_from: int = 0
@@ -92,9 +83,9 @@ class ChatEncoder:
         if messages[0]["role"] == "assistant":
             raise ValueError("messages[0]: the assistant speaks first, so it has no prompt; put a user turn first")
         scene = self._scene(messages, tools)
-        text = self._render(scene.messages, scene.tools, prompt=False)
-        spans, unended = self._spans(scene, text, supervise_from)
-        ids, mask = self._tokenize(scene, text, spans)
+        replies = self._replies(scene)
+        spans, unended = replies.spans(supervise_from)
+        ids, mask = self._tokenize(scene, replies.text, spans)
         if unended:
             if self._eos is None:
                 raise ValueError("model.tokenizer: neither it nor its template has an end-of-turn token; set eos_token")
@@ -104,11 +95,18 @@ class ChatEncoder:
 
     def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """Encode messages and the generation prompt: what a server feeds. A prefix of `encode` with the reply added,
-        unless the template shows history differently once it is history."""
+        unless the template shows history otherwise than when it was new, or an earlier reply starts with white space
+        (a server encodes it again, together with its header; `encode` keeps it as it was sampled)."""
         scene = self._scene(messages, tools)
         text = self._render(scene.messages, scene.tools, prompt=True)
         ids, mask = self._tokenize(scene, text, [])
         return self._with_bos(ids, mask).ids
+
+    def _replies(self, scene: _Scene) -> Replies:
+        def render(messages: Sequence[Message], prompt: bool) -> str:
+            return self._render(messages, scene.tools, prompt)
+
+        return Replies(scene.messages, render, self._control, self.end_ids, scene.unused)
 
     # --- rendering ---
 
@@ -128,6 +126,10 @@ class ChatEncoder:
             everything.encode()
         except UnicodeEncodeError:
             raise ValueError("a lone surrogate, which is no character; write the text as UTF-8") from None
+        if tools and not self._shows_tools:
+            raise ValueError(
+                "tools: the chat template does not show them to the model; use one that does, or remove them"
+            )
         unused = iter(unused_characters(everything))
         plain = [self._in_style(message) for message in messages]
         if not self._control.pattern.search(everything):
@@ -156,100 +158,6 @@ class ChatEncoder:
         ]
         clean_tools = map_strings(list(tools), replace) if tools else None
         return _Scene(clean, clean_tools, {ord(mark): token for token, mark in stand_ins.items()}, unused)
-
-    # --- where the replies are ---
-
-    def _spans(self, scene: _Scene, text: str, supervise_from: int) -> tuple[list[tuple[int, int]], bool]:
-        """Return each assistant turn's [start, end) in the rendering, and whether the last one lacks an end token."""
-        spans: list[tuple[int, int]] = []
-        unended = False
-        marked: tuple[list[dict[str, Any]], dict[str, int], Marked] | None = None
-        for index, message in enumerate(scene.messages):
-            if message["role"] != "assistant" or index < supervise_from:
-                continue
-            prompt = self._render(scene.messages[:index], scene.tools, prompt=True)
-            span = self._plain_span(text, prompt, message)
-            if span is None:
-                marked = marked or self._marked(scene, text)
-                span = self._marked_span(scene, text, prompt, index, *marked)
-            start, end = span
-            if end < 0:
-                unended, end = True, len(text)
-            spans.append((max(start, spans[-1][1]) if spans else start, end))
-        return spans, unended
-
-    def _plain_span(self, text: str, prompt: str, message: Message) -> tuple[int, int] | None:
-        """The common case, without marks: prompt, then the reply's text, then at once an end token."""
-        content = message.get("content")
-        core = content.strip() if isinstance(content, str) else ""
-        if not core or not text.startswith(prompt):
-            return None
-        found = text.find(core, len(prompt))
-        after = found + len(core)
-        match = self._control.pattern.search(text, after) if found >= 0 else None
-        if match is None or text[after : match.start()].strip() or self._control.ids[match.group()] not in self.end_ids:
-            return None
-        return len(prompt), match.end()
-
-    def _marked(self, scene: _Scene, text: str) -> tuple[list[dict[str, Any]], dict[str, int], Marked]:
-        """Mark every message by a character of its own and find the marks in the rendering."""
-        owners = {next(scene.unused): index for index in range(len(scene.messages))}
-        marked = [mark_message(message, mark) for message, mark in zip(scene.messages, owners, strict=True)]
-        try:
-            shown = find_marks(self._render(marked, scene.tools, prompt=False), owners)
-        except ValueError:
-            shown = Marked("", [])
-        if shown.text != text:  # the template looks at what the messages say: mark one at a time and compare
-            marks: list[tuple[int, int]] = []
-            for index, (mark, message) in enumerate(zip(owners, marked, strict=True)):
-                one = [*scene.messages[:index], message, *scene.messages[index + 1 :]]
-                marks += [(at, index) for at in self._compare(one, scene.tools, text, mark)]
-            shown = Marked(text, sorted(marks))
-        return marked, owners, shown
-
-    def _compare(self, messages: list[dict[str, Any]], tools: list[Any] | None, text: str, mark: str) -> list[int]:
-        """Return where `text` begins and ends to differ from the rendering with one message marked; [] if nowhere."""
-        try:
-            other = self._render(messages, tools, prompt=False)
-        except ValueError:
-            return []
-        if mark not in other:
-            return []
-        start = common_prefix(text, other)
-        end = len(text) - common_prefix(text[::-1], other[::-1])
-        return [start, max(start, end)]
-
-    def _marked_span(
-        self,
-        scene: _Scene,
-        text: str,
-        prompt: str,
-        index: int,
-        marked: list[dict[str, Any]],
-        owners: dict[str, int],
-        shown: Marked,
-    ) -> tuple[int, int]:
-        """Return [start, end) of one reply; end -1 if the reply is the last message and no end token follows it."""
-        mine = shown.of(index)
-        if not mine:
-            raise ValueError(
-                f"messages[{index}]: the chat template leaves this reply out; remove it or use another template"
-            )
-        start = len(prompt)
-        if not text.startswith(prompt):
-            asked = find_marks(self._render(marked[:index], scene.tools, prompt=True), owners)
-            start = after_header(text, shown, asked, index, mine[0])
-        limit = min((at for at, owner in shown.marks if owner != index and at > mine[-1]), default=len(text))
-        for match in self._control.pattern.finditer(text, mine[-1], limit):
-            if self._control.ids[match.group()] in self.end_ids:
-                return start, match.end()
-        if index == len(scene.messages) - 1:
-            return start, -1
-        # No end token before the next message: the reply ends where the template would stop writing it.
-        so_far = find_marks(self._render(marked[: index + 1], scene.tools, prompt=False), owners)
-        own = so_far.of(index)
-        tail = so_far.text[own[-1] :] if own else ""
-        return start, mine[-1] + common_prefix(tail, text[mine[-1] : limit])
 
     # --- ids ---
 
@@ -303,6 +211,14 @@ class ChatEncoder:
             if "probe" in text and "seen" in text:
                 return blank, as_object
         return "", True
+
+    def _probe_tools(self) -> bool:
+        function = {"name": "probe", "description": "probe", "parameters": {"type": "object", "properties": {}}}
+        try:
+            turns = [{"role": "user", "content": "a"}]
+            return "probe" in self._render(turns, [{"type": "function", "function": function}], prompt=True)
+        except ValueError:
+            return False
 
     def _find_end_ids(self) -> frozenset[int]:
         ends = set() if self._eos is None else {self._eos}

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .quarantine import Row
 from .recipe import Data
-from .rows import Row
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {

@@ -95,19 +95,6 @@ def find_marks(text: str, owners: Mapping[str, int]) -> Marked:
     return Marked("".join([*kept, text[start:]]), marks)
 
 
-def after_header(text: str, shown: Marked, asked: Marked, index: int, payload: int) -> int:
-    """Return where reply `index` starts in a rendering that does not begin with its prompt: from the last message that
-    both show, follow what the prompt goes on with (end of that turn, header of the reply)."""
-    for before in range(index - 1, -1, -1):
-        here = [at for at in shown.of(before) if at <= payload]
-        there = asked.of(before)
-        if here and there:
-            tail = asked.text[there[-1] :]
-            common = common_prefix(tail, text[here[-1] :])
-            return here[-1] + (common if common == len(tail) else min(common, payload - here[-1]))
-    return payload
-
-
 def common_prefix(a: str, b: str) -> int:
     low, high = 0, min(len(a), len(b))
     while low < high:  # binary search: comparing slices is fast, comparing characters in Python is not

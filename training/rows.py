@@ -7,33 +7,20 @@ file and counted: `on_bad_row` decides. Nothing is dropped silently; only lines 
 
 import csv
 import difflib
-import io
-import json
-import math
-import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-LINE_LIMIT_BYTES = 10_000_000
-RAW_LIMIT_CHARS = 2000
-CHUNK_BYTES = 1 << 20
+from .json_rows import read_json, read_jsonl
+from .lines import LINE_LIMIT_BYTES, read_lines
+from .quarantine import Quarantine, Row
+
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 BESIDE_DATA = (".md", ".txt", ".yaml", ".yml", ".py", ".lock", ".tmp")  # what lies beside data files in a folder
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
-BOM = b"\xef\xbb\xbf"
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
 TOO_LONG = "\ud800"  # stands for a line over the limit inside the CSV reader; no decoded text holds a lone surrogate
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row and its place, `reviews.jsonl:12`: a line of the file, or a row number for Parquet and the hub."""
-
-    source: str
-    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,39 +29,6 @@ class Rows:
 
     rows: list[Row]
     quarantined: int
-
-
-@dataclass
-class Quarantine:
-    """Rows left out, with reasons. `policy` says what a bad row does: stop the run, or be put aside."""
-
-    policy: Literal["stop", "quarantine"]
-    entries: list[dict[str, str]] = field(default_factory=list)
-
-    def refuse(self, source: str, reason: str, raw: Any = "") -> None:
-        """Raise ValueError `source: reason` under policy stop, put the row aside otherwise."""
-        if self.policy == "stop":
-            raise ValueError(f"{source}: {reason}")
-        self.put(source, reason, raw)
-
-    def put(self, source: str, reason: str, raw: Any) -> None:
-        """Put a row aside whatever the policy."""
-        text = raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
-        self.entries.append({"source": source, "reason": reason, "raw": text[:RAW_LIMIT_CHARS]})
-
-    def write(self, path: Path) -> Path | None:
-        """Write the rows put aside as JSONL (source, reason, raw), whole or not at all; None if there are none.
-
-        Every rank of a job writes the same file, so it is renamed into place. A file of an earlier run is removed."""
-        if not self.entries:
-            path.unlink(missing_ok=True)
-            return None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        lines = (json.dumps(entry, ensure_ascii=False) for entry in self.entries)
-        draft.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
-        draft.replace(path)
-        return path
 
 
 def read_rows(
@@ -118,9 +72,9 @@ def read_into(quarantine: Quarantine, name: str, split: str) -> list[Row]:
 def _read_file(path: Path, quarantine: Quarantine) -> Iterator[Row]:
     match path.suffix.lower():
         case ".jsonl" | ".ndjson":
-            return _read_jsonl(path, quarantine)
+            return read_jsonl(path, quarantine)
         case ".json":
-            return _read_json(path, quarantine)
+            return read_json(path, quarantine)
         case ".csv":
             return _read_csv(path, quarantine, ",")
         case ".tsv":
@@ -130,183 +84,6 @@ def _read_file(path: Path, quarantine: Quarantine) -> Iterator[Row]:
     raise ValueError(
         f"data: {path} has an unknown suffix; use one of {', '.join(SUFFIXES)} (unpack it first if packed)"
     )
-
-
-# --- JSON ---
-
-
-def _read_jsonl(path: Path, quarantine: Quarantine) -> Iterator[Row]:
-    for number, line, complaint in _lines(path):
-        if not line.strip() and not complaint:
-            continue
-        source = f"{path}:{number}"
-        try:
-            if complaint:
-                raise ValueError(complaint)
-            values = _parse_row(_decode(line))
-        except ValueError as error:
-            reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                reason = _explain(error, last=not line.endswith(b"\n"))
-            quarantine.refuse(source, reason, line[: 4 * RAW_LIMIT_CHARS].decode("utf-8", "backslashreplace"))
-            continue
-        yield Row(source, values)
-
-
-def _read_json(path: Path, quarantine: Quarantine) -> Iterator[Row]:
-    """Read an array of objects; a file of one object a line is read as JSONL whatever its suffix."""
-    with path.open("rb") as file:
-        head = file.read(1024)
-        _refuse_utf16(path, head)
-        if head.startswith(BOM):
-            raise ValueError(f"{path}:1: {_bom_reason(path)}")
-        if head.lstrip()[:1] == b"{":
-            yield from _read_jsonl(path, quarantine)
-            return
-        raw = head + file.read()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: {_not_utf8(raw, error)}") from None
-    yield from _array_rows(path, text, quarantine)
-
-
-def _array_rows(path: Path, text: str, quarantine: Quarantine) -> Iterator[Row]:
-    at = _skip_space(text, 0)
-    line = 1 + text.count("\n", 0, at)
-    if text[at : at + 1] != "[":
-        raise ValueError(f"{path}:{line}: a JSON file must hold an array of rows, or one row a line")
-    previous, at = at, _skip_space(text, at + 1)
-    lenient = json.JSONDecoder()
-    while text[at : at + 1] != "]":
-        line += text.count("\n", previous, at)
-        source = f"{path}:{line}"
-        try:
-            _, end = lenient.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            where = f"{path}:{line + text.count(chr(10), at, error.pos)}"
-            cut = _skip_space(text, error.pos) >= len(text) or error.msg.startswith("Unterminated")
-            hint = "the file ends inside a row" if cut else "no row after this one can be read"
-            raise ValueError(f"{where}: not JSON: {error.msg}; {hint}; mend the file") from None
-        except RecursionError:
-            raise ValueError(f"{source}: nested too deeply to be a row; mend the file") from None
-        try:
-            if end - at > LINE_LIMIT_BYTES:
-                raise ValueError(_long_reason(end - at))
-            row = Row(source, _parse_row(text[at:end]))
-        except ValueError as error:
-            quarantine.refuse(source, str(error), text[at : min(end, at + RAW_LIMIT_CHARS)])
-        else:
-            yield row
-        previous, at = at, _skip_space(text, end)
-        if text[at : at + 1] == ",":
-            at = _skip_space(text, at + 1)
-        elif text[at : at + 1] != "]":
-            line += text.count("\n", previous, at)
-            raise ValueError(f"{path}:{line}: the array is not closed: ',' or ']' expected; is the file whole?")
-    rest = _skip_space(text, at + 1)
-    if rest != len(text):
-        raise ValueError(f"{path}:{1 + text.count(chr(10), 0, rest)}: something follows the array; remove it")
-
-
-def _skip_space(text: str, at: int) -> int:
-    match = re.compile(r"[ \t\r\n]*").match(text, at)
-    return match.end() if match else at
-
-
-def _parse_row(text: str) -> dict[str, Any]:
-    try:
-        values = _STRICT.decode(text)
-    except RecursionError:
-        raise ValueError("nested too deeply to be a row; flatten it") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"a row must be an object with named columns, not {type(values).__name__}")
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(values, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                "an escaped lone surrogate (\\ud800 to \\udfff), which is no character; remove it"
-            ) from None
-    return values
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice; keep one")
-    return values
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON; write null or leave the key out")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:20]} overflows a number; write a smaller one")
-    return value
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
-
-
-def _explain(error: json.JSONDecodeError, last: bool) -> str:
-    where = f"not JSON: {error.msg} at column {error.colno}"
-    if last:
-        return f"the last line is cut off ({where}); the file was not written to its end, fetch it again"
-    return f"{where}; each line must be one JSON object"
-
-
-# --- lines ---
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes, str]]:
-    """Yield (number, line, complaint). A line over the limit comes cut, having never been held whole."""
-    number = 0
-    with path.open("rb") as file:
-        _refuse_utf16(path, file.peek(2)[:2] if isinstance(file, io.BufferedReader) else b"")
-        while line := file.readline(LINE_LIMIT_BYTES + 1):
-            number += 1
-            length = len(line)
-            complaint = _bom_reason(path) if number == 1 and line.startswith(BOM) else ""
-            if length > LINE_LIMIT_BYTES:
-                line, tail = line[: 4 * RAW_LIMIT_CHARS], line
-                while not tail.endswith(b"\n") and (tail := file.readline(CHUNK_BYTES)):
-                    length += len(tail)
-                complaint = _long_reason(length)
-            yield number, line, complaint
-
-
-def _decode(line: bytes) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(line, error)) from None
-
-
-def _not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
-    column = error.start - data.rfind(b"\n", 0, error.start)
-    return (
-        f"not UTF-8: byte 0x{data[error.start]:02x} at byte {column} of the line; convert the file with iconv -t UTF-8"
-    )
-
-
-def _bom_reason(path: Path) -> str:
-    return f"the file starts with a byte order mark; remove it: sed -i '1s/^\\xEF\\xBB\\xBF//' {path}"
-
-
-def _long_reason(length: int) -> str:
-    return f"{length:,} bytes, a row may have {LINE_LIMIT_BYTES:,}; split the document"
-
-
-def _refuse_utf16(path: Path, head: bytes) -> None:
-    if head.startswith(UTF16):
-        raise ValueError(f"{path}:1: the file is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8 {path}")
 
 
 # --- CSV ---
@@ -346,7 +123,7 @@ def _read_csv(path: Path, quarantine: Quarantine, delimiter: str) -> Iterator[Ro
 
 
 def _csv_lines(path: Path) -> Iterator[str]:
-    for number, line, complaint in _lines(path):
+    for number, line, complaint in read_lines(path):
         if number == 1 and complaint:
             raise ValueError(f"{path}:1: {complaint}")
         yield f"{TOO_LONG}{complaint}\n" if complaint else line.decode("utf-8", "surrogateescape")
