@@ -132,6 +132,7 @@ class Shadow:
     home: torch.UntypedStorage
     copy: torch.Tensor
     names: set[str]
+    item: int
     legal: np.ndarray
     writer: np.ndarray
     reader: np.ndarray
@@ -190,8 +191,8 @@ class Sanitizer:
                 copy = torch.full((total,), 0xA5, dtype=torch.uint8)
                 if size:
                     copy[GUARD_BYTES : GUARD_BYTES + size] = torch.tensor([], dtype=torch.uint8).set_(storage)
-                shadow = np.full(total, NEVER, np.int32)
-                found[key] = Shadow(storage, copy, set(), np.zeros(total, bool), shadow, shadow.copy())
+                legal, nobody = np.zeros(total, bool), np.full(total, NEVER, np.int32)
+                found[key] = Shadow(storage, copy, set(), tensor.element_size(), legal, nobody, nobody.copy())
             item = tensor.element_size()
             elements = torch.zeros(size // item, dtype=torch.bool)
             if tensor.numel():
@@ -206,7 +207,8 @@ class Sanitizer:
         """Closes a launch: counts the distinct bytes."""
         for shadow in self.shadows:
             name = "/".join(sorted(shadow.names))
-            self.bytes_minimum[name] += int((shadow.writer != NEVER).sum()) + int((shadow.reader != NEVER).sum())
+            touched = int(np.count_nonzero(shadow.writer != NEVER) + np.count_nonzero(shadow.reader != NEVER))
+            self.bytes_minimum[name] += touched * shadow.item
         self.shadows = []
 
     def access(self, pointers: Any, mask: np.ndarray, values: np.ndarray | None) -> bool:
@@ -233,17 +235,16 @@ class Sanitizer:
         others = (writers != NEVER) & (writers != program)
         if others.any():
             self.fault("race", shadow.names, f"{kind} of what program {int(writers[others][0])} writes")
-        every = (at[:, None] + np.arange(item)).ravel()
-        if values is None:
-            readers = shadow.reader[every]
-            shadow.reader[every] = np.where((readers == NEVER) | (readers == program), program, MANY)
-            return True
+        assert item == shadow.item, "views of one storage as two item sizes are not modelled"
         readers = shadow.reader[at]
+        if values is None:
+            shadow.reader[at] = np.where((readers == NEVER) | (readers == program), program, MANY)
+            return True
         if ((readers != NEVER) & (readers != program)).any():
             self.fault("race", shadow.names, "store to what another program reads")
         if len(np.unique(at)) != at.size:
             self.fault("race", shadow.names, "two lanes of one program store to one address")
-        shadow.writer[every] = program
+        shadow.writer[at] = program  # the shadow of an element is that of its first byte
         return True
 
     def loaded(self, values: np.ndarray, mask: np.ndarray) -> None:

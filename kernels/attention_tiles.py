@@ -1,0 +1,244 @@
+"""The Triton side of `attention.py`: FlashAttention-2 (Dao 2023, arXiv:2307.08691) over packed documents.
+
+A document is a run of query rows and one of keys; query i of a document stands at key position i + offset, with
+offset = keys - queries (bottom-right alignment), so that a chunk of a prefill sees the cache before it. Key tiles start
+at the document's first key, whatever the pack: that, and tiles without effect being exact no-ops, makes a document's
+result the same bits alone, packed and in chunks.
+
+Widths are split in two powers of two (80 = 64 + 16, 192 = 128 + 64): D1 + D2 for q and k, E1 + E2 for v. Scores stay
+unscaled and in base 2: p = exp2(s * c - m * c), one fused multiply-add per score. Masked tiles (the diagonal, the edge
+of a window, the tail) run in their own loops, so the long loop has no mask.
+
+EXACT (fp32 and fp64) spends a few instructions a score to stay below the error of eager fp32 code: the exponent is
+made good for its rounding, and the row maximum and 1 / sum are kept apart instead of as one log-sum-exp.
+"""
+
+from .jit import jit, tl
+
+
+@jit
+def tanh(x, COMPUTE: tl.constexpr):
+    """tanh to an ulp or two of fp32: a polynomial below 0.55, where 1 - 2 / (e^2x + 1) cancels."""
+    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+    if tl.float64 == COMPUTE:
+        return far
+    y = x * x
+    near = tl.fma(y, 1.57394409e-2, -5.23025580e-2)
+    near = tl.fma(near, y, 1.33152157e-1)
+    near = tl.fma(near, y, -3.33327681e-1)
+    near = tl.fma(near * y, x, x)
+    return tl.where(tl.abs(x) < 0.55, near, far)
+
+
+@jit
+def raise_two(x, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr):
+    """2 ** (x * C) for x <= 0 with the rounding of x * C and of C itself made good: half an ulp beside exp2's own."""
+    x = tl.maximum(x, -1e30)  # -inf would make the correction NaN
+    power = x * C
+    lost = tl.fma(x, tl.full([1, 1], C, COMPUTE), -power) + x * C_LOW
+    y = tl.exp2(power)
+    return tl.fma(y, lost * 0.6931471805599453, y)
+
+
+@jit
+def load_rows(base, rows, limit, stride, WIDTH: tl.constexpr, FIRST: tl.constexpr, MASKED: tl.constexpr):
+    """(rows, WIDTH) tile of columns FIRST.. of a matrix; rows at or past `limit` read as zero when MASKED."""
+    at = rows[:, None] * stride + (FIRST + tl.arange(0, WIDTH))[None, :]
+    if MASKED:
+        return tl.load(base + at, mask=(rows < limit)[:, None], other=0.0)
+    return tl.load(base + at)
+
+
+@jit
+def store_rows(base, rows, limit, stride, tile, WIDTH: tl.constexpr, FIRST: tl.constexpr):
+    at = rows[:, None] * stride + (FIRST + tl.arange(0, WIDTH))[None, :]
+    tl.store(base + at, tile.to(base.dtype.element_ty), mask=(rows < limit)[:, None])
+
+
+@jit
+def visible(queries, keys, key_length, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which query sees which key; both are index tiles that broadcast against each other."""
+    keep = keys < key_length
+    if CAUSAL:
+        keep = keep & (keys <= queries + offset)
+    if WINDOW:
+        keep = keep & (keys > queries + offset - window)
+    return keep
+
+
+@jit
+def key_bounds(m0, key_length, offset, window, BM: tl.constexpr, BN: tl.constexpr,
+               CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """Key ranges of one tile of queries: masked [low, plain), unmasked [plain, plain_end), masked [plain_end, high)."""
+    low, plain, high = 0, 0, key_length
+    plain_end = key_length // BN * BN
+    if CAUSAL:
+        high = tl.minimum(key_length, tl.maximum(m0 + BM + offset, 0))
+        plain_end = tl.minimum(key_length, tl.maximum(m0 + offset + 1, 0)) // BN * BN
+    if WINDOW:
+        low = tl.maximum(m0 + offset - window + 1, 0) // BN * BN
+        plain = (tl.maximum(m0 + BM + offset - window, 0) + BN - 1) // BN * BN
+        plain = tl.minimum(plain, (high + BN - 1) // BN * BN)
+        plain_end = tl.maximum(plain_end, plain)
+    return low, plain, plain_end, high
+
+
+@jit
+def query_bounds(n0, query_length, offset, window, BM: tl.constexpr, BN: tl.constexpr,
+                 CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """Query ranges of one tile of keys, in the same three parts."""
+    low, plain, high = 0, 0, query_length
+    plain_end = query_length // BM * BM
+    if WINDOW:
+        high = tl.minimum(query_length, tl.maximum(n0 + BN - 1 + window - offset, 0))
+        plain_end = tl.minimum(plain_end, tl.maximum(n0 + window - offset, 0) // BM * BM)
+    if CAUSAL:
+        low = tl.maximum(n0 - offset, 0) // BM * BM
+        plain = (tl.maximum(n0 + BN - 1 - offset, 0) + BM - 1) // BM * BM
+        plain = tl.minimum(plain, (high + BM - 1) // BM * BM)
+        plain_end = tl.maximum(plain_end, plain)
+    return low, plain, plain_end, high
+
+
+@jit
+def forward_tiles(
+    acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, low, high, key_length, offset, window, C: tl.constexpr,
+    C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Runs key tiles [low, high) through the online softmax; `top` is the row maximum, `total` the denominator."""
+    queries = (m0 + tl.arange(0, BM))[:, None]
+    columns = tl.arange(0, BN)
+    c = tl.full([1], C, COMPUTE)
+    k_tile = k + tl.cast(low, tl.int64) * k_t
+    v_tile = v + tl.cast(low, tl.int64) * v_t
+    for n in range(low, high, BN):
+        k1 = load_rows(k_tile, columns, key_length - n, k_t, D1, 0, MASKED)
+        s = tl.dot(q1, tl.trans(k1), tl.zeros([BM, BN], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
+        if D2 > 0:
+            k2 = load_rows(k_tile, columns, key_length - n, k_t, D2, D1, MASKED)
+            s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION, out_dtype=COMPUTE)
+        if SOFTCAP:
+            s = CAP * tanh(s * INNER, COMPUTE)
+        if MASKED:
+            keys = (n + columns)[None, :]
+            s = tl.where(visible(queries, keys, key_length, offset, window, CAUSAL, WINDOW), s, float("-inf"))
+        top_new = tl.maximum(top, tl.max(s, 1))
+        shift = top_new
+        if MASKED:
+            shift = tl.where(top_new == float("-inf"), 0.0, shift)  # a row that has seen no key yet
+        if EXACT:
+            p = raise_two(s - shift[:, None], C, C_LOW, COMPUTE)
+            fade = tl.reshape(raise_two((top - shift)[:, None], C, C_LOW, COMPUTE), [BM])
+        else:
+            shift = shift * C
+            p = tl.exp2(tl.fma(s, c[None, :], -shift[:, None]))
+            fade = tl.exp2(tl.fma(top, c, -shift))
+        total = tl.fma(total, fade, tl.sum(p, 1))
+        top = top_new
+        p = p.to(v.dtype.element_ty)
+        v1 = load_rows(v_tile, columns, key_length - n, v_t, E1, 0, MASKED)
+        acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION, out_dtype=COMPUTE)
+        if E2 > 0:
+            v2 = load_rows(v_tile, columns, key_length - n, v_t, E2, E1, MASKED)
+            acc2 = tl.dot(p, v2, acc2 * fade[:, None], input_precision=PRECISION, out_dtype=COMPUTE)
+        k_tile += BN * k_t
+        v_tile += BN * v_t
+    return acc1, acc2, top, total
+
+
+@jit
+def attention_kernel(
+    q, k, v, sinks, out, lse, inverse_total, cu_q, cu_k, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, lse_h, window, group,
+    INNER: tl.constexpr, CAP: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program makes BM rows of one head of one document; the longest rows start first."""
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    head = tl.program_id(1)
+    document = tl.program_id(2)
+    q_start = tl.load(cu_q + document).to(tl.int64)
+    k_start = tl.load(cu_k + document).to(tl.int64)
+    q_length = (tl.load(cu_q + document + 1) - q_start).to(tl.int32)
+    k_length = (tl.load(cu_k + document + 1) - k_start).to(tl.int32)
+    offset = k_length - q_length
+    rows = m0 + tl.arange(0, BM)
+    q += q_start * q_t + head.to(tl.int64) * q_h
+    k += k_start * k_t + (head // group).to(tl.int64) * k_h
+    v += k_start * v_t + (head // group).to(tl.int64) * v_h
+    q1 = load_rows(q, rows, q_length, q_t, D1, 0, True)
+    q2 = q1
+    if D2 > 0:
+        q2 = load_rows(q, rows, q_length, q_t, D2, D1, True)
+    acc1 = tl.zeros([BM, E1], COMPUTE)
+    acc2 = acc1
+    if E2 > 0:
+        acc2 = tl.zeros([BM, E2], COMPUTE)
+    top = tl.full([BM], float("-inf"), COMPUTE)
+    total = tl.zeros([BM], COMPUTE)
+    if SINKS:  # a key that everyone sees and that carries no value
+        top = tl.zeros([BM], COMPUTE) + tl.load(sinks + head).to(COMPUTE) * 1.4426950408889634 / C
+        total += 1.0
+    low, plain, plain_end, high = key_bounds(m0, k_length, offset, window, BM, BN, CAUSAL, WINDOW)
+    if m0 >= q_length:
+        low, plain, plain_end, high = 0, 0, 0, 0
+    if WINDOW:
+        acc1, acc2, top, total = forward_tiles(
+            acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, low, tl.minimum(plain, high), k_length, offset, window,
+            C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, CAUSAL, WINDOW, SOFTCAP, PRECISION,
+            COMPUTE)  # fmt: skip
+    acc1, acc2, top, total = forward_tiles(
+        acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, plain, plain_end, k_length, offset, window,
+        C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, False, CAUSAL, WINDOW, SOFTCAP, PRECISION,
+        COMPUTE)  # fmt: skip
+    acc1, acc2, top, total = forward_tiles(
+        acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, plain_end, high, k_length, offset, window,
+        C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, CAUSAL, WINDOW, SOFTCAP, PRECISION,
+        COMPUTE)  # fmt: skip
+    seen = total > 0.0
+    inverse = tl.where(seen, 1.0 / total, 0.0)
+    out += q_start * o_t + head.to(tl.int64) * o_h
+    store_rows(out, rows, q_length, o_t, acc1 * inverse[:, None], E1, 0)
+    if E2 > 0:
+        store_rows(out, rows, q_length, o_t, acc2 * inverse[:, None], E2, E1)
+    # a row without keys gets +inf, which makes its probabilities zero in the backward pass
+    at = head.to(tl.int64) * lse_h + q_start + rows
+    if EXACT:  # the sum would round away what its parts know
+        tl.store(lse + at, tl.where(seen, top, float("inf")), mask=rows < q_length)
+        tl.store(inverse_total + at, inverse, mask=rows < q_length)
+    else:
+        row_lse = tl.where(seen, tl.fma(top, tl.full([1], C, COMPUTE), tl.log2(total)), float("inf"))
+        tl.store(lse + at, row_lse, mask=rows < q_length)
+
+
+@jit
+def delta_kernel(out, dout, delta, tokens, o_t, o_h, do_t, do_h, delta_h, E1: tl.constexpr, E2: tl.constexpr,
+                 BLOCK: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+    """delta = sum(dout * out) per row: what the softmax's own derivative subtracts."""
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    rows = tl.arange(0, BLOCK)
+    left = tokens - start
+    out += start * o_t + head * o_h
+    dout += start * do_t + head * do_h
+    o1 = load_rows(out, rows, left, o_t, E1, 0, True).to(COMPUTE)
+    total = tl.sum(o1 * load_rows(dout, rows, left, do_t, E1, 0, True).to(COMPUTE), 1)
+    if E2 > 0:
+        o2 = load_rows(out, rows, left, o_t, E2, E1, True).to(COMPUTE)
+        total += tl.sum(o2 * load_rows(dout, rows, left, do_t, E2, E1, True).to(COMPUTE), 1)
+    tl.store(delta + head * delta_h + start + rows, total, mask=rows < left)
+
+
+@jit
+def zero_slack_kernel(out, cu, documents, tokens, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                      COLUMNS: tl.constexpr):  # fmt: skip
+    """Writes zeros to the rows after the last document; `out` is (tokens, WIDTH) with dense rows."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slack = (rows >= tl.load(cu + documents)) & (rows < tokens)
+    for first in range(0, WIDTH, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        at = rows[:, None] * row_stride + columns[None, :]
+        zeros = tl.zeros([BLOCK, COLUMNS], out.dtype.element_ty)
+        tl.store(out + at, zeros, mask=slack[:, None] & (columns < WIDTH)[None, :])
