@@ -180,11 +180,11 @@ def fetch(
 
 
 @app.command()
-def demo(as_json: Json = False) -> None:
+def demo() -> None:
     """Everything, on a real 135M Llama: make demo runs it."""
-    from .demo import run
+    from .demo import demo_recipes, run
 
-    run(as_json)
+    run(demo_recipes(), Path("runs"))
 
 
 @data_app.command("inspect")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..evals.tasks import Result
 
 PATIENCE_S = 2.0
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @contextlib.contextmanager
