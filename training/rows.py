@@ -116,7 +116,7 @@ def _read_csv(path: Path, quarantine: Quarantine, delimiter: str) -> Iterator[Ro
                 "the last row is cut off inside a quoted cell; fetch the file again" if cut else f"not CSV: {error}"
             )
         if reason:
-            raw = delimiter.join(cells).encode("utf-8", "surrogateescape" if TOO_LONG not in reason else "replace")
+            raw = delimiter.join(cells).replace(TOO_LONG, "").encode("utf-8", "surrogateescape")
             quarantine.refuse(source, reason, raw.decode("utf-8", "backslashreplace"))
         elif cells:
             yield Row(source, dict(zip(header, cells, strict=True)))
@@ -131,8 +131,8 @@ def _csv_lines(path: Path) -> Iterator[str]:
 
 def _csv_complaint(cells: Iterable[str]) -> str:
     for cell in cells:
-        if TOO_LONG in cell:
-            return cell.partition(TOO_LONG)[2].strip()
+        if TOO_LONG in cell:  # the complaint holds commas
+            return ",".join(cells).partition(TOO_LONG)[2].splitlines()[0]
         escaped = re.search("[\udc80-\udcff]", cell)
         if escaped:
             byte = ord(escaped.group()) - 0xDC00
