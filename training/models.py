@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -85,7 +86,7 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
         )
     device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             locate(model.name),
             dtype=dtype,
             quantization_config=quantization,
@@ -93,6 +94,19 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
         )
     except OSError as error:
         raise ValueError(_unreachable("model.name", model.name, error)) from None
+    keep_one_arithmetic(loaded)
+    return loaded
+
+
+def keep_one_arithmetic(model: nn.Module) -> None:
+    """Make NF4 layers compute in evaluation as they do in training.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer at its first forward in evaluation mode and rounds in other
+    ways from then on: samples would not come from the model that trains, nor a merge equal it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _unreachable(field: str, name: str, error: Exception) -> str:
