@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a tiny real Llama with a tokenizer of its own, and the command line as a user runs it."""
+"""Fixtures shared by all tests: a tiny real Llama with its own tokenizer, and the command line as a user runs it."""
 
 import json
 import os
@@ -32,7 +32,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     specials: list[str | AddedToken] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=384,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(Path(__file__).read_text().splitlines(), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -69,7 +72,9 @@ Shipyard = Callable[..., "subprocess.CompletedProcess[str]"]
 def shipyard() -> Shipyard:
     """Run `shipyard ARGS` as a process; with ranks=N through `accelerate launch`. Returns what it printed."""
 
-    def run(*args: str | Path, ranks: int = 0, timeout_s: float = 300, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        *args: str | Path, ranks: int = 0, timeout_s: float = 300, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "shipyard.launch.cli"]
         if ranks:
             command = [

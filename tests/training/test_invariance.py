@@ -1,7 +1,7 @@
 """One global batch, every cut of it: the same loss, gradient norm and weights, through the command line.
 
-Runs of real processes under `accelerate launch`: one rank is the reference, two ranks under DDP and DeepSpeed ZeRO-1, 2
-and 3 must equal it. 22 rows in batches of 8, micro-batches of 3: accumulation, a ragged last window (6 rows), ranks whose
+Runs of real processes under `accelerate launch`: one rank is the reference, two ranks under DDP and DeepSpeed ZeRO-1,
+2 and 3 must equal it. 22 rows in batches of 8, micro-batches of 3: accumulation, a ragged last window (6 rows), ranks whose
 micro-batch is empty, and rows of very different lengths.
 """
 
@@ -92,7 +92,9 @@ def test_a_loss_averaged_in_micro_batches_would_fail_here(one_rank, tmp_path: Pa
 
 PREFERENCE_ROWS = [
     {"prompt": f"Say {word}.", "chosen": f"{word}! " * (1 + number % 4), "rejected": "No. " * (1 + number % 3)}
-    for number, word in enumerate("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda".split())
+    for number, word in enumerate(
+        ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
+    )
 ]
 
 
@@ -106,8 +108,15 @@ def test_preferences_and_rollouts_too(method: str, tiny_model: Path, shipyard, t
         recipe = recipe_file(tmp_path / "dpo.yaml", tiny_model, rows, **sections)
     else:
         options = {"min_word_len": 3, "max_word_len": 4}  # this verifier pays for single letters, so rewards differ
-        sections |= {"grpo": {"group_size": 4, "max_new_tokens": 6, "inner_steps": 2, "beta": 0.05, "task_options": options}}
-        sections |= {"data": {"train": "task:spell_backward"}, "steps": 4, "epochs": None, "batch": {"size": 16, "micro": 3}}
+        sections |= {
+            "grpo": {"group_size": 4, "max_new_tokens": 6, "inner_steps": 2, "beta": 0.05, "task_options": options}
+        }
+        sections |= {
+            "data": {"train": "task:spell_backward"},
+            "steps": 4,
+            "epochs": None,
+            "batch": {"size": 16, "micro": 3},
+        }
         recipe = recipe_file(tmp_path / "grpo.yaml", tiny_model, tmp_path, **sections)
     shipyard("train", recipe, f"run_dir={tmp_path / 'one'}")
     shipyard("train", recipe, f"run_dir={tmp_path / 'two'}", ranks=2)

@@ -44,7 +44,13 @@ def test_dpo_equals_trl(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     from trl import DPOConfig, DPOTrainer
 
     recipe = parse_recipe(
-        {"method": "dpo", "steps": 1, "model": {"name": "m"}, "data": {"train": "x"}, "dpo": {"loss": kind, "beta": 0.2}}
+        {
+            "method": "dpo",
+            "steps": 1,
+            "model": {"name": "m"},
+            "data": {"train": "x"},
+            "dpo": {"loss": kind, "beta": 0.2},
+        }
     )
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     reference = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -63,7 +69,9 @@ def test_dpo_equals_trl(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     words = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    trainer = DPOTrainer(model=model, ref_model=reference, args=settings, train_dataset=words, processing_class=tokenizer)
+    trainer = DPOTrainer(
+        model=model, ref_model=reference, args=settings, train_dataset=words, processing_class=tokenizer
+    )
     features = [
         {
             "prompt_ids": pair.chosen.ids[:6].tolist(),
@@ -109,8 +117,11 @@ def test_learning_rate_has_its_landmarks() -> None:
 
 def quantized(directory: Path) -> torch.nn.Module:
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-    )  # fmt: skip
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
     model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=nf4, dtype=torch.float32)
     keep_one_arithmetic(model)
     return model
@@ -118,7 +129,7 @@ def quantized(directory: Path) -> torch.nn.Module:
 
 def test_merge_gives_the_model_that_was_trained_and_not_its_neighbour(tiny_model: Path) -> None:
     """Merging onto the dequantized base reproduces the trained logits; onto the original base it does not."""
-    model = add_adapters(quantized(tiny_model), Lora(rank=8, alpha=16), seed=1)  # pyright: ignore
+    model = add_adapters(quantized(tiny_model), Lora(rank=8, alpha=16), seed=1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -144,7 +155,9 @@ def test_greedy_replies_equal_transformers_and_do_not_depend_on_the_batch(tiny_m
     prompts = [[5, 6, 7], [8] * 11, [9, 10]]
     together = generate(model, prompts, 12, frozenset({2}))
     for prompt, [reply] in zip(prompts, together, strict=True):
-        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+        theirs = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
         assert reply.ids == theirs[0, len(prompt) :].tolist()
 
 

@@ -7,22 +7,71 @@ import yaml
 from shipyard.training.recipe import Recipe, dump_recipe, knobs, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
-KNOBS = """
-method run_dir seed steps epochs resume
-model.name model.shape model.tokenizer model.dtype model.quantize model.kernels model.activation_checkpointing
-lora.rank lora.alpha lora.targets
-data.train data.validation data.validation_rows data.train_rows data.split data.where data.format data.system data.prompt
-data.completion data.labels data.max_tokens data.on_bad_row data.on_long_row
-batch.size batch.micro batch.packing
-optim.lr optim.schedule optim.warmup_steps optim.final_lr_fraction optim.weight_decay optim.beta1 optim.beta2 optim.eps
-optim.max_grad_norm
-parallel.engine parallel.offload parallel.timeout_s
-checkpoints.every_steps checkpoints.keep_last
-log.every_steps log.tensorboard log.wandb
-dpo.beta dpo.loss dpo.label_smoothing dpo.sft_weight
-grpo.group_size grpo.max_new_tokens grpo.temperature grpo.beta grpo.clip_low grpo.clip_high grpo.inner_steps
-grpo.scale_rewards grpo.task_options
-""".split()
+KNOBS = [
+    "method",
+    "run_dir",
+    "seed",
+    "steps",
+    "epochs",
+    "resume",
+    "model.name",
+    "model.shape",
+    "model.tokenizer",
+    "model.dtype",
+    "model.quantize",
+    "model.kernels",
+    "model.activation_checkpointing",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "data.train",
+    "data.validation",
+    "data.validation_rows",
+    "data.train_rows",
+    "data.split",
+    "data.where",
+    "data.format",
+    "data.system",
+    "data.prompt",
+    "data.completion",
+    "data.labels",
+    "data.max_tokens",
+    "data.on_bad_row",
+    "data.on_long_row",
+    "batch.size",
+    "batch.micro",
+    "batch.packing",
+    "optim.lr",
+    "optim.schedule",
+    "optim.warmup_steps",
+    "optim.final_lr_fraction",
+    "optim.weight_decay",
+    "optim.beta1",
+    "optim.beta2",
+    "optim.eps",
+    "optim.max_grad_norm",
+    "parallel.engine",
+    "parallel.offload",
+    "parallel.timeout_s",
+    "checkpoints.every_steps",
+    "checkpoints.keep_last",
+    "log.every_steps",
+    "log.tensorboard",
+    "log.wandb",
+    "dpo.beta",
+    "dpo.loss",
+    "dpo.label_smoothing",
+    "dpo.sft_weight",
+    "grpo.group_size",
+    "grpo.max_new_tokens",
+    "grpo.temperature",
+    "grpo.beta",
+    "grpo.clip_low",
+    "grpo.clip_high",
+    "grpo.inner_steps",
+    "grpo.scale_rewards",
+    "grpo.task_options",
+]
 SMALL = {"method": "sft", "steps": 1, "model": {"name": "m"}, "data": {"train": "t.jsonl"}}
 
 
