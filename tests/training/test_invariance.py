@@ -1,8 +1,8 @@
 """One global batch, every cut of it: the same loss, gradient norm and weights, through the command line.
 
 Runs of real processes under `accelerate launch`: one rank is the reference, two ranks under DDP and DeepSpeed ZeRO-1,
-2 and 3 must equal it. 22 rows in batches of 8, micro-batches of 3: accumulation, a ragged last window (6 rows), ranks whose
-micro-batch is empty, and rows of very different lengths.
+2 and 3 must equal it. 22 rows in batches of 8, micro-batches of 3: accumulation, a ragged last window (6 rows),
+ranks with an empty micro-batch, and rows of very different lengths.
 """
 
 import json
