@@ -339,12 +339,12 @@ def test_template_that_looks_at_the_text() -> None:
     """Marks change what this template does, so renderings are compared instead."""
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-        "{% if m.content == 'secret' %}{{ '(hm) ' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if m.content == 'secret' %}{{ '(hm) ' * 20 }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     encoder = with_template(SMOLLM2, template)
     talk = [turn("user", "secret"), turn("assistant", ""), turn("user", "secret"), turn("assistant", "secret")]
-    assert supervised(SMOLLM2, encoder.encode(talk)) == ["<|im_end|>", "(hm) secret<|im_end|>"]
+    assert supervised(SMOLLM2, encoder.encode(talk)) == ["<|im_end|>", "(hm) " * 20 + "secret<|im_end|>"]
 
 
 @pytest.mark.parametrize(
