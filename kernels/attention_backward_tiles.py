@@ -18,11 +18,11 @@ def probabilities(s, row_lse, row_inverse, C: tl.constexpr, C_LOW: tl.constexpr,
 
 @jit
 def key_value_tiles(
-    dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, dout, lse, inverse_total, delta, q_t, do_t, n0, low, high, q_length,
-    k_length, offset, window, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr,
-    CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, dout, lse, inverse_total, delta, q_t: tl.constexpr, do_t: tl.constexpr, n0,
+    low, high, q_length, k_length, offset, window, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
+    INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Adds query tiles [low, high) of one head to dK and dV; everything is transposed, keys down, queries across."""
     keys = (n0 + tl.arange(0, BN))[:, None]
@@ -31,12 +31,12 @@ def key_value_tiles(
     do_tile = dout + tl.cast(low, tl.int64) * do_t
     for m in range(low, high, BM):
         left = q_length - m
-        q1 = load_rows(q_tile, rows, left, q_t, D1, 0, MASKED)
+        q1 = load_rows(q_tile, rows, left, q_t, D1, 0, EDGE)
         s = tl.dot(k1, tl.trans(q1), tl.zeros([BN, BM], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if D2 > 0:
-            q2 = load_rows(q_tile, rows, left, q_t, D2, D1, MASKED)
+            q2 = load_rows(q_tile, rows, left, q_t, D2, D1, EDGE)
             s = tl.dot(k2, tl.trans(q2), s, input_precision=PRECISION, out_dtype=COMPUTE)
-        if MASKED:
+        if EDGE:
             row_lse = tl.load(lse + m + rows, mask=rows < left, other=float("inf"))
             row_inverse = row_lse
             if EXACT:
@@ -52,15 +52,15 @@ def key_value_tiles(
             bend = tanh(s * INNER, COMPUTE)
             s = CAP * bend
         p = probabilities(s, row_lse[None, :], row_inverse[None, :], C, C_LOW, EXACT, COMPUTE)
-        if MASKED:
-            keep = visible((m + rows)[None, :], keys, k_length, offset, window, CAUSAL, WINDOW)
-            p = tl.where(keep, p, 0.0)
-        do1 = load_rows(do_tile, rows, left, do_t, E1, 0, MASKED)
+        if MASKED and CAUSAL:  # a key row past the end makes nothing but itself wrong, and is not stored
+            last = (m + rows + offset)[None, :]
+            p = tl.where(visible(last, keys, last + 1, window, CAUSAL, WINDOW), p, 0.0)
+        do1 = load_rows(do_tile, rows, left, do_t, E1, 0, EDGE)
         low_p = p.to(dout.dtype.element_ty)
         dv1 = tl.dot(low_p, do1, dv1, input_precision=PRECISION, out_dtype=COMPUTE)
         dp = tl.dot(v1, tl.trans(do1), tl.zeros([BN, BM], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if E2 > 0:
-            do2 = load_rows(do_tile, rows, left, do_t, E2, E1, MASKED)
+            do2 = load_rows(do_tile, rows, left, do_t, E2, E1, EDGE)
             dv2 = tl.dot(low_p, do2, dv2, input_precision=PRECISION, out_dtype=COMPUTE)
             dp = tl.dot(v2, tl.trans(do2), dp, input_precision=PRECISION, out_dtype=COMPUTE)
         ds = p * (dp - row_delta[None, :])
@@ -77,11 +77,11 @@ def key_value_tiles(
 
 @jit
 def key_value_kernel(
-    q, k, v, dout, lse, inverse_total, delta, dk, dv, cu_q, cu_k, q_t, q_h, k_t, k_h, v_t, v_h, do_t, do_h, dk_t, dk_h,
-    dv_t, dv_h, lse_h, window, group, SCALE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
-    INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    q, k, v, dout, lse, inverse_total, delta, dk, dv, cu_q, cu_k, q_t: tl.constexpr, q_h, k_t: tl.constexpr, k_h,
+    v_t: tl.constexpr, v_h, do_t: tl.constexpr, do_h, dk_t, dk_h, dv_t, dv_h, lse_h, window, group, SCALE: tl.constexpr,
+    C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program makes BN rows of dK and dV of one key head, adding up the query heads of its group in order."""
     n0 = tl.program_id(0) * BN
@@ -106,9 +106,9 @@ def key_value_kernel(
     if E2 > 0:
         v2 = load_rows(v, rows, k_length, v_t, E2, E1, True)
         dv2 = tl.zeros([BN, E2], COMPUTE)
-    low, plain, plain_end, high = query_bounds(n0, q_length, offset, window, BM, BN, CAUSAL, WINDOW)
+    low, diagonal, plain, plain_end, edge, high = query_bounds(n0, q_length, offset, window, BM, BN, CAUSAL, WINDOW)
     if n0 >= k_length:
-        low, plain, plain_end, high = 0, 0, 0, 0
+        low, diagonal, plain, plain_end, edge, high = 0, 0, 0, 0, 0, 0
     for member in range(0, group):
         head = (kv_head * group + member).to(tl.int64)
         q_head = q + q_start * q_t + head * q_h
@@ -118,20 +118,17 @@ def key_value_kernel(
         delta_head = delta + head * lse_h + q_start
         if CAUSAL:
             dk1, dk2, dv1, dv2 = key_value_tiles(
-                dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_head, do_head, lse_head, inverse_head, delta_head, q_t, do_t,
-                n0, low,
-                tl.minimum(plain, high), q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
-                D1, D2, E1, E2, BM, BN, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+                dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_head, do_head, lse_head, inverse_head, delta_head, q_t, do_t, n0,
+                low, diagonal, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
+                D1, D2, E1, E2, BM, BN, True, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
         dk1, dk2, dv1, dv2 = key_value_tiles(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_head, do_head, lse_head, inverse_head, delta_head, q_t, do_t, n0,
-            plain,
-            plain_end, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
-            D1, D2, E1, E2, BM, BN, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+            plain, plain_end, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
+            D1, D2, E1, E2, BM, BN, False, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
         dk1, dk2, dv1, dv2 = key_value_tiles(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_head, do_head, lse_head, inverse_head, delta_head, q_t, do_t, n0,
-            plain_end,
-            high, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
-            D1, D2, E1, E2, BM, BN, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+            edge, high, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
+            D1, D2, E1, E2, BM, BN, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     dk += k_start * dk_t + kv_head.to(tl.int64) * dk_h
     dv += k_start * dv_t + kv_head.to(tl.int64) * dv_h
     store_rows(dk, rows, k_length, dk_t, dk1 * SCALE, D1, 0)
@@ -144,34 +141,34 @@ def key_value_kernel(
 
 @jit
 def query_tiles(
-    dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, low, high, k_length, offset,
-    window, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    ONLY_DELTA: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t: tl.constexpr, v_t: tl.constexpr, m0, low,
+    high, k_length, offset, window, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr,
+    CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, ONLY_DELTA: tl.constexpr, MASKED: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Adds key tiles [low, high) to dQ, or with ONLY_DELTA to delta = sum(p * dp)."""
-    queries = (m0 + tl.arange(0, BM))[:, None]
+    last = (m0 + tl.arange(0, BM) + offset)[:, None]
     columns = tl.arange(0, BN)
     k_tile = k + tl.cast(low, tl.int64) * k_t
     v_tile = v + tl.cast(low, tl.int64) * v_t
     for n in range(low, high, BN):
-        k1 = load_rows(k_tile, columns, k_length - n, k_t, D1, 0, MASKED)
+        k1 = load_rows(k_tile, columns, k_length - n, k_t, D1, 0, EDGE)
         s = tl.dot(q1, tl.trans(k1), tl.zeros([BM, BN], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if D2 > 0:
-            k2 = load_rows(k_tile, columns, k_length - n, k_t, D2, D1, MASKED)
+            k2 = load_rows(k_tile, columns, k_length - n, k_t, D2, D1, EDGE)
             s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION, out_dtype=COMPUTE)
         if SOFTCAP:
             bend = tanh(s * INNER, COMPUTE)
             s = CAP * bend
         p = probabilities(s, row_lse[:, None], row_inverse[:, None], C, C_LOW, EXACT, COMPUTE)
         if MASKED:
-            keys = (n + columns)[None, :]
-            p = tl.where(visible(queries, keys, k_length, offset, window, CAUSAL, WINDOW), p, 0.0)
-        v1 = load_rows(v_tile, columns, k_length - n, v_t, E1, 0, MASKED)
+            keep = visible(last - n, columns[None, :], k_length - n, window, CAUSAL, WINDOW)
+            p = tl.where(keep, p, 0.0)
+        v1 = load_rows(v_tile, columns, k_length - n, v_t, E1, 0, EDGE)
         dp = tl.dot(do1, tl.trans(v1), tl.zeros([BM, BN], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if E2 > 0:
-            v2 = load_rows(v_tile, columns, k_length - n, v_t, E2, E1, MASKED)
+            v2 = load_rows(v_tile, columns, k_length - n, v_t, E2, E1, EDGE)
             dp = tl.dot(do2, tl.trans(v2), dp, input_precision=PRECISION, out_dtype=COMPUTE)
         if ONLY_DELTA:
             row_delta += tl.sum(p * dp, 1)
@@ -190,37 +187,42 @@ def query_tiles(
 
 @jit
 def query_sweep(
-    dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, low, plain, plain_end, high,
-    k_length, offset, window, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr,
-    CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, ONLY_DELTA: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t: tl.constexpr, v_t: tl.constexpr, m0, low,
+    plain, plain_end, edge, high, k_length, offset, window, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
+    INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, ONLY_DELTA: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The three ranges of `key_bounds`, one after the other."""
+    """The ranges of `key_bounds`, one after the other."""
     if WINDOW:
         dq1, dq2, row_delta = query_tiles(
             dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, low, tl.minimum(plain,
             high),
             k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
-            D1, D2, E1, E2, BM, BN, ONLY_DELTA, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+            D1, D2, E1, E2, BM, BN, ONLY_DELTA, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     dq1, dq2, row_delta = query_tiles(
         dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, plain, plain_end,
         k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
-        D1, D2, E1, E2, BM, BN, ONLY_DELTA, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+        D1, D2, E1, E2, BM, BN, ONLY_DELTA, False, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+    if CAUSAL:
+        dq1, dq2, row_delta = query_tiles(
+            dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, plain_end, edge,
+            k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
+            D1, D2, E1, E2, BM, BN, ONLY_DELTA, True, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     dq1, dq2, row_delta = query_tiles(
-        dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, plain_end, high,
+        dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, edge, high,
         k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
-        D1, D2, E1, E2, BM, BN, ONLY_DELTA, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+        D1, D2, E1, E2, BM, BN, ONLY_DELTA, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     return dq1, dq2, row_delta
 
 
 @jit
 def query_kernel(
-    q, k, v, dout, lse, inverse_total, delta, dq, cu_q, cu_k, q_t, q_h, k_t, k_h, v_t, v_h, do_t, do_h, dq_t, dq_h,
-    lse_h, window, group, SCALE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
-    INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    q, k, v, dout, lse, inverse_total, delta, dq, cu_q, cu_k, q_t: tl.constexpr, q_h, k_t: tl.constexpr, k_h,
+    v_t: tl.constexpr, v_h, do_t: tl.constexpr, do_h, dq_t, dq_h, lse_h, window, group, SCALE: tl.constexpr,
+    C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program makes BM rows of dQ of one head of one document."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
@@ -253,18 +255,19 @@ def query_kernel(
         dq2 = tl.zeros([BM, D2], COMPUTE)
     if E2 > 0:
         do2 = load_rows(dout, rows, q_length, do_t, E2, E1, True)
-    low, plain, plain_end, high = key_bounds(m0, k_length, offset, window, BM, BN, CAUSAL, WINDOW)
+    low, plain, plain_end, edge, high = key_bounds(m0, k_length, offset, window, BM, BN, CAUSAL, WINDOW)
     if m0 >= q_length:
-        low, plain, plain_end, high = 0, 0, 0, 0
+        low, plain, plain_end, edge, high = 0, 0, 0, 0, 0
     if EXACT:
         dq1, dq2, row_delta = query_sweep(
             dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, low, plain, plain_end,
-            high,
+            edge, high,
             k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
             D1, D2, E1, E2, BM, BN, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
         tl.store(delta + at, row_delta, mask=rows < q_length)
     dq1, dq2, row_delta = query_sweep(
-        dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, low, plain, plain_end, high,
+        dq1, dq2, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, low, plain, plain_end, edge,
+        high,
         k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
         D1, D2, E1, E2, BM, BN, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     dq += q_start * dq_t + head.to(tl.int64) * dq_h

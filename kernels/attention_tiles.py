@@ -41,10 +41,10 @@ def raise_two(x, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @jit
-def load_rows(base, rows, limit, stride, WIDTH: tl.constexpr, FIRST: tl.constexpr, MASKED: tl.constexpr):
-    """(rows, WIDTH) tile of columns FIRST.. of a matrix; rows at or past `limit` read as zero when MASKED."""
+def load_rows(base, rows, limit, stride, WIDTH: tl.constexpr, FIRST: tl.constexpr, EDGE: tl.constexpr):
+    """(rows, WIDTH) tile of columns FIRST.. of a matrix; with EDGE, rows at or past `limit` read as zero."""
     at = rows[:, None] * stride + (FIRST + tl.arange(0, WIDTH))[None, :]
-    if MASKED:
+    if EDGE:
         return tl.load(base + at, mask=(rows < limit)[:, None], other=0.0)
     return tl.load(base + at)
 
@@ -56,20 +56,22 @@ def store_rows(base, rows, limit, stride, tile, WIDTH: tl.constexpr, FIRST: tl.c
 
 
 @jit
-def visible(queries, keys, key_length, offset, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which query sees which key; both are index tiles that broadcast against each other."""
-    keep = keys < key_length
+def visible(last, keys, key_length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which keys a row sees; `last` is the key it stands at. One comparison a score, two with a window."""
     if CAUSAL:
-        keep = keep & (keys <= queries + offset)
+        keep = keys <= tl.minimum(last, key_length - 1)
+    else:
+        keep = keys < key_length
     if WINDOW:
-        keep = keep & (keys > queries + offset - window)
+        keep = keep & (keys > last - window)
     return keep
 
 
 @jit
 def key_bounds(m0, key_length, offset, window, BM: tl.constexpr, BN: tl.constexpr,
                CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """Key ranges of one tile of queries: masked [low, plain), unmasked [plain, plain_end), masked [plain_end, high)."""
+    """Key ranges of one tile of queries: the window's edge [low, plain), the unmasked [plain, plain_end), the diagonal
+    [plain_end, edge) and what passes the last key [edge, high)."""
     low, plain, high = 0, 0, key_length
     plain_end = key_length // BN * BN
     if CAUSAL:
@@ -80,13 +82,16 @@ def key_bounds(m0, key_length, offset, window, BM: tl.constexpr, BN: tl.constexp
         plain = (tl.maximum(m0 + BM + offset - window, 0) + BN - 1) // BN * BN
         plain = tl.minimum(plain, (high + BN - 1) // BN * BN)
         plain_end = tl.maximum(plain_end, plain)
-    return low, plain, plain_end, high
+    edge = tl.maximum(plain_end, tl.minimum((high + BN - 1) // BN * BN, key_length // BN * BN))
+    return low, plain, plain_end, edge, high
 
 
 @jit
 def query_bounds(n0, query_length, offset, window, BM: tl.constexpr, BN: tl.constexpr,
                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """Query ranges of one tile of keys, in the same three parts."""
+    """Query ranges of one tile of keys: the diagonal [low, diagonal), the unmasked [plain,
+    plain_end) and what meets the
+    window's edge or passes the last query [edge, high)."""
     low, plain, high = 0, 0, query_length
     plain_end = query_length // BM * BM
     if WINDOW:
@@ -97,33 +102,39 @@ def query_bounds(n0, query_length, offset, window, BM: tl.constexpr, BN: tl.cons
         plain = (tl.maximum(n0 + BN - 1 - offset, 0) + BM - 1) // BM * BM
         plain = tl.minimum(plain, (high + BM - 1) // BM * BM)
         plain_end = tl.maximum(plain_end, plain)
-    return low, plain, plain_end, high
+    whole = query_length // BM * BM
+    diagonal = tl.maximum(tl.minimum(plain, whole), low)
+    edge = tl.maximum(tl.minimum(plain_end, whole), low)
+    return low, diagonal, plain, plain_end, edge, high
 
 
 @jit
 def forward_tiles(
-    acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, low, high, key_length, offset, window, C: tl.constexpr,
-    C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    acc1, acc2, top, total, q1, q2, k, v, k_t: tl.constexpr, v_t: tl.constexpr, m0, low, high, key_length, offset,
+    window, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Runs key tiles [low, high) through the online softmax; `top` is the row maximum, `total` the denominator."""
-    queries = (m0 + tl.arange(0, BM))[:, None]
+    """Runs key tiles [low, high) through the online softmax; `top` is the row maximum, `total` the denominator.
+
+    MASKED hides scores, EDGE also guards loads where a tile may pass the last key.
+    """
+    last = (m0 + tl.arange(0, BM) + offset)[:, None]
     columns = tl.arange(0, BN)
     c = tl.full([1], C, COMPUTE)
     k_tile = k + tl.cast(low, tl.int64) * k_t
     v_tile = v + tl.cast(low, tl.int64) * v_t
     for n in range(low, high, BN):
-        k1 = load_rows(k_tile, columns, key_length - n, k_t, D1, 0, MASKED)
+        k1 = load_rows(k_tile, columns, key_length - n, k_t, D1, 0, EDGE)
         s = tl.dot(q1, tl.trans(k1), tl.zeros([BM, BN], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if D2 > 0:
-            k2 = load_rows(k_tile, columns, key_length - n, k_t, D2, D1, MASKED)
+            k2 = load_rows(k_tile, columns, key_length - n, k_t, D2, D1, EDGE)
             s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION, out_dtype=COMPUTE)
         if SOFTCAP:
             s = CAP * tanh(s * INNER, COMPUTE)
         if MASKED:
-            keys = (n + columns)[None, :]
-            s = tl.where(visible(queries, keys, key_length, offset, window, CAUSAL, WINDOW), s, float("-inf"))
+            s = tl.where(visible(last - n, columns[None, :], key_length - n, window, CAUSAL, WINDOW), s, float("-inf"))
         top_new = tl.maximum(top, tl.max(s, 1))
         shift = top_new
         if MASKED:
@@ -138,10 +149,10 @@ def forward_tiles(
         total = tl.fma(total, fade, tl.sum(p, 1))
         top = top_new
         p = p.to(v.dtype.element_ty)
-        v1 = load_rows(v_tile, columns, key_length - n, v_t, E1, 0, MASKED)
+        v1 = load_rows(v_tile, columns, key_length - n, v_t, E1, 0, EDGE)
         acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION, out_dtype=COMPUTE)
         if E2 > 0:
-            v2 = load_rows(v_tile, columns, key_length - n, v_t, E2, E1, MASKED)
+            v2 = load_rows(v_tile, columns, key_length - n, v_t, E2, E1, EDGE)
             acc2 = tl.dot(p, v2, acc2 * fade[:, None], input_precision=PRECISION, out_dtype=COMPUTE)
         k_tile += BN * k_t
         v_tile += BN * v_t
@@ -150,10 +161,11 @@ def forward_tiles(
 
 @jit
 def attention_kernel(
-    q, k, v, sinks, out, lse, inverse_total, cu_q, cu_k, q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, lse_h, window, group,
-    INNER: tl.constexpr, CAP: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    q, k, v, sinks, out, lse, inverse_total, cu_q, cu_k, q_t, q_h, k_t: tl.constexpr, k_h, v_t: tl.constexpr, v_h, o_t,
+    o_h, lse_h, window, group, INNER: tl.constexpr, CAP: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
+    EXACT: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program makes BM rows of one head of one document; the longest rows start first."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
@@ -181,21 +193,26 @@ def attention_kernel(
     if SINKS:  # a key that everyone sees and that carries no value
         top = tl.zeros([BM], COMPUTE) + tl.load(sinks + head).to(COMPUTE) * 1.4426950408889634 / C
         total += 1.0
-    low, plain, plain_end, high = key_bounds(m0, k_length, offset, window, BM, BN, CAUSAL, WINDOW)
+    low, plain, plain_end, edge, high = key_bounds(m0, k_length, offset, window, BM, BN, CAUSAL, WINDOW)
     if m0 >= q_length:
-        low, plain, plain_end, high = 0, 0, 0, 0
+        low, plain, plain_end, edge, high = 0, 0, 0, 0, 0
     if WINDOW:
         acc1, acc2, top, total = forward_tiles(
             acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, low, tl.minimum(plain, high), k_length, offset, window,
-            C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, CAUSAL, WINDOW, SOFTCAP, PRECISION,
+            C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION,
             COMPUTE)  # fmt: skip
     acc1, acc2, top, total = forward_tiles(
         acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, plain, plain_end, k_length, offset, window,
-        C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, False, CAUSAL, WINDOW, SOFTCAP, PRECISION,
+        C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, False, False, CAUSAL, WINDOW, SOFTCAP, PRECISION,
         COMPUTE)  # fmt: skip
+    if CAUSAL:
+        acc1, acc2, top, total = forward_tiles(
+            acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, plain_end, edge, k_length, offset, window,
+            C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, False, CAUSAL, WINDOW, SOFTCAP, PRECISION,
+            COMPUTE)  # fmt: skip
     acc1, acc2, top, total = forward_tiles(
-        acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, plain_end, high, k_length, offset, window,
-        C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, CAUSAL, WINDOW, SOFTCAP, PRECISION,
+        acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, edge, high, k_length, offset, window,
+        C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION,
         COMPUTE)  # fmt: skip
     seen = total > 0.0
     inverse = tl.where(seen, 1.0 / total, 0.0)

@@ -1,0 +1,140 @@
+"""Decode attention: one new query per sequence against its keys in a paged cache.
+
+Shape suffixes: B sequences, H query heads, G key/value heads, D head width, P pages, S slots of a page, N splits.
+The keys of a sequence are cut every SPLIT_KEYS, whatever else is in the batch, and the parts are joined in order: a
+sequence's result is the same bits in every batch (the fixed split size of "Defeating nondeterminism in LLM inference").
+"""
+
+import math
+
+import torch
+
+from .jit import cdiv, jit, next_power_of_2, tl, use_triton
+
+SPLIT_KEYS = 256
+TILE_KEYS = 64
+LOG2_E = 1.0 / math.log(2.0)
+
+
+def decode_reference(q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, scale=None) -> torch.Tensor:
+    """The plain PyTorch twin of `decode_attention`."""
+    heads, width = q_BHD.shape[1:]
+    slots, groups = k_PSGD.shape[1:3]
+    scale = width**-0.5 if scale is None else scale
+    out_BHD = torch.zeros_like(q_BHD)
+    for row, length in enumerate(lengths_B.tolist()):
+        if length:
+            pages = page_table[row, : cdiv(length, slots)].long()
+            k_THD, v_THD = (
+                x[pages].flatten(0, 1)[:length].repeat_interleave(heads // groups, 1) for x in (k_PSGD, v_PSGD)
+            )
+            s_HT = torch.einsum("hd,thd->ht", q_BHD[row], k_THD) * scale
+            p_HT = torch.softmax(s_HT if s_HT.dtype == torch.float64 else s_HT.float(), -1).to(q_BHD.dtype)
+            out_BHD[row] = torch.einsum("ht,thd->hd", p_HT, v_THD)
+    return out_BHD
+
+
+def decode_attention(q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, scale=None) -> torch.Tensor:
+    """softmax(q k^T scale) v, (B,H,D) against pages (P,S,G,D) -> (B,H,D).
+
+    `page_table` (B, pages) int32 lists each sequence's pages in order, `lengths_B` int32 its keys; 0 gives zeros.
+    """
+    rows, heads, width = q_BHD.shape
+    slots, groups = k_PSGD.shape[1:3]
+    if k_PSGD.shape != v_PSGD.shape or k_PSGD.shape[3] != width or heads % groups:
+        raise ValueError(f"decode_attention: k {tuple(k_PSGD.shape)} and v {tuple(v_PSGD.shape)} do not fit q's heads")
+    if width != next_power_of_2(width) or width < 16:
+        raise ValueError(f"decode_attention: head width {width}, must be a power of two of at least 16")
+    if page_table.shape[0] != rows or lengths_B.shape != (rows,):
+        raise ValueError(f"decode_attention: page_table and lengths must have one row per sequence ({rows})")
+    if not use_triton(q_BHD):
+        return decode_reference(q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, scale)
+    scale = width**-0.5 if scale is None else scale
+    q_BHD, k_PSGD, v_PSGD = q_BHD.contiguous(), k_PSGD.contiguous(), v_PSGD.contiguous()
+    page_table = page_table.contiguous()
+    splits = max(1, cdiv(page_table.shape[1] * slots, SPLIT_KEYS))
+    state = torch.float64 if q_BHD.dtype == torch.float64 else torch.float32
+    parts = torch.empty(rows, heads, splits, width, dtype=state, device=q_BHD.device)
+    tops, totals = (torch.empty(rows, heads, splits, dtype=state, device=q_BHD.device) for _ in range(2))
+    out_BHD = torch.empty_like(q_BHD)
+    compute = tl.float64 if state == torch.float64 else tl.float32
+    if rows:
+        decode_kernel[(rows, groups, splits)](
+            q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, parts, tops, totals, page_table.shape[1], splits,
+            C=scale * LOG2_E, GROUP=heads // groups, GROUP_TILE=max(16, next_power_of_2(heads // groups)), HEADS=heads,
+            GROUPS=groups, WIDTH=width, SLOTS=slots, SPLIT=SPLIT_KEYS, BN=TILE_KEYS, COMPUTE=compute, num_warps=4,
+            num_stages=2,
+        )  # fmt: skip
+        join_kernel[(rows, heads)](
+            parts, tops, totals, lengths_B, out_BHD, splits, HEADS=heads, WIDTH=width, SPLIT=SPLIT_KEYS,
+            COMPUTE=compute, num_warps=1,
+        )  # fmt: skip
+    return out_BHD
+
+
+@jit
+def decode_kernel(
+    q, k, v, page_table, lengths, parts, tops, totals, pages, splits, C: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
+    SPLIT: tl.constexpr, BN: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program makes one split of one key head of one sequence, for all query heads of the group at once."""
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths + row)
+    member = tl.arange(0, GROUP_TILE)
+    d = tl.arange(0, WIDTH)
+    head = row * HEADS + kv_head * GROUP + member
+    live = member < GROUP
+    queries = tl.load(q + head[:, None] * WIDTH + d[None, :], mask=live[:, None], other=0.0)
+    top = tl.full([GROUP_TILE], float("-inf"), COMPUTE)
+    total = tl.zeros([GROUP_TILE], COMPUTE)
+    acc = tl.zeros([GROUP_TILE, WIDTH], COMPUTE)
+    start = split * SPLIT
+    for n in range(start, tl.minimum(start + SPLIT, length), BN):
+        key = n + tl.arange(0, BN)
+        inside = key < length
+        page = tl.load(page_table + row * pages + key // SLOTS, mask=inside, other=0).to(tl.int64)
+        at = ((page * SLOTS + key % SLOTS) * GROUPS + kv_head)[:, None] * WIDTH + d[None, :]
+        keys = tl.load(k + at, mask=inside[:, None], other=0.0)
+        s = tl.dot(queries, tl.trans(keys), tl.zeros([GROUP_TILE, BN], COMPUTE), input_precision="ieee",
+                   out_dtype=COMPUTE)  # fmt: skip
+        s = tl.where(inside[None, :], s, float("-inf"))
+        top_new = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2((s - top_new[:, None]) * C)
+        fade = tl.exp2((top - top_new) * C)
+        total = total * fade + tl.sum(p, 1)
+        values = tl.load(v + at, mask=inside[:, None], other=0.0)
+        acc = tl.dot(p.to(v.dtype.element_ty), values, acc * fade[:, None], input_precision="ieee", out_dtype=COMPUTE)
+        top = top_new
+    if start < length:
+        part = head * splits + split
+        tl.store(parts + part[:, None] * WIDTH + d[None, :], acc, mask=live[:, None])
+        tl.store(tops + part, top * C, mask=live)
+        tl.store(totals + part, total, mask=live)
+
+
+@jit
+def join_kernel(
+    parts, tops, totals, lengths, out, splits, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of one head of one sequence, first to last."""
+    row = tl.program_id(0).to(tl.int64)
+    head = row * HEADS + tl.program_id(1)
+    length = tl.load(lengths + row)
+    d = tl.arange(0, WIDTH)
+    top = tl.full([1], float("-inf"), COMPUTE)
+    total = tl.zeros([1], COMPUTE)
+    acc = tl.zeros([WIDTH], COMPUTE)
+    for split in range(0, (length + SPLIT - 1) // SPLIT):
+        part = head * splits + split
+        part_top = tl.load(tops + part)
+        top_new = tl.maximum(top, part_top)
+        fade, weight = tl.exp2(top - top_new), tl.exp2(part_top - top_new)
+        acc = acc * fade + tl.load(parts + part * WIDTH + d) * weight
+        total = total * fade + tl.load(totals + part) * weight
+        top = top_new
+    seen = total > 0.0
+    tl.store(out + head * WIDTH + d, (acc * tl.where(seen, 1.0 / total, 0.0)).to(out.dtype.element_ty))

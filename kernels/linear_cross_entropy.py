@@ -1,0 +1,251 @@
+"""Cross-entropy of a linear head without its logits, forward and backward (Wijmans et al. 2024, arXiv:2411.09009).
+
+Shape suffixes: T tokens, D model width, V vocabulary rows of this rank, C chunk of tokens. The forward kernel stores
+two numbers a token; the backward pass and the PyTorch path hold one (C, V) tile at a time, never (T, V). With `group` the
+head is split by rows over its ranks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from .jit import cdiv, jit, tl, use_triton
+
+IGNORE = -100
+CHUNK_TOKENS = 256
+LOGIT_TILE = (64, 64, 64)  # tokens, vocabulary rows and width of one step
+
+
+class Head(NamedTuple):
+    """What the softmax does besides multiplying: options of `token_log_probs`."""
+
+    ignore_index: int
+    softcap: float | None
+    group: Any
+
+
+def reference_log_probs(x_TD, weight_VD, targets_T, *, ignore_index=IGNORE, softcap=None):
+    """The plain PyTorch twin of `token_log_probs` on one rank: forms all logits. Returns (log p, logsumexp),
+    each (T,)."""
+    logits_TV = torch.matmul(x_TD, weight_VD.T)
+    logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    if softcap is not None:
+        logits_TV = softcap * torch.tanh(logits_TV / softcap)
+    lse_T = torch.logsumexp(logits_TV, -1)
+    live_T = targets_T != ignore_index
+    picked_T = logits_TV.gather(1, torch.where(live_T, targets_T, 0)[:, None])[:, 0]
+    return torch.where(live_T, picked_T - lse_T, 0.0), torch.where(live_T, lse_T, 0.0)
+
+
+def token_log_probs(
+    x_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor, *, ignore_index: int = IGNORE,
+    softcap: float | None = None, group: ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """log softmax(x weight^T)[target] and its log-sum-exp, both (T,) fp32 and differentiable; ignored tokens give 0.
+
+    For SFT take -sum of the first over the global token count, for DPO its sum per sequence, for GRPO the tokens.
+    `softcap` is cap * tanh(logit / cap). With `group`, `weight_VD` is this rank's V rows in rank order and every rank
+    holds all of x and targets; each then gets the whole answer, and its own share of dx already added up.
+    """
+    if x_TD.ndim != 2 or weight_VD.ndim != 2 or x_TD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(f"token_log_probs: x {tuple(x_TD.shape)}, weight {tuple(weight_VD.shape)} must share a width")
+    if targets_T.shape != x_TD.shape[:1]:
+        raise ValueError(f"token_log_probs: targets {tuple(targets_T.shape)} must be one per token ({x_TD.shape[0]},)")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"token_log_probs: softcap {softcap}, must be above 0; None is off")
+    return _TokenLogProbs.apply(x_TD, weight_VD, targets_T, Head(ignore_index, softcap, group))
+
+
+def linear_cross_entropy(
+    x_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor, *, ignore_index: int = IGNORE,
+    softcap: float | None = None, z_loss: float = 0.0, group: ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(sum over tokens of the loss, log p of each token): -log p + z_loss * logsumexp^2. Divide by the global count."""
+    log_p_T, lse_T = token_log_probs(
+        x_TD, weight_VD, targets_T, ignore_index=ignore_index, softcap=softcap, group=group
+    )
+    loss = -log_p_T.sum()
+    return (loss + z_loss * lse_T.square().sum() if z_loss else loss), log_p_T
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weight_VD, targets_T, head: Head):
+        rank = 0 if head.group is None else dist.get_rank(head.group)
+        # ids of this rank's rows; anything else matches no row, ignored tokens included
+        ids_T = torch.where(targets_T == head.ignore_index, -1, targets_T - rank * weight_VD.shape[0])
+        run = _forward_triton if use_triton(x_TD) else _forward_torch
+        picked_T, lse_T = run(x_TD, weight_VD, ids_T, head.softcap)
+        if head.group is not None:
+            dist.all_reduce(picked_T, group=head.group)
+            parts = [torch.empty_like(lse_T) for _ in range(dist.get_world_size(head.group))]
+            dist.all_gather(parts, lse_T, group=head.group)
+            lse_T = torch.logsumexp(torch.stack(parts), 0)  # in rank order on every rank: the same bits
+        live_T = targets_T != head.ignore_index
+        ctx.save_for_backward(x_TD, weight_VD, ids_T, lse_T, live_T)
+        ctx.head = head
+        return torch.where(live_T, picked_T - lse_T, 0.0), torch.where(live_T, lse_T, 0.0)
+
+    @staticmethod
+    def backward(ctx, dlog_p_T, dlse_T):
+        x_TD, weight_VD, ids_T, lse_T, live_T = ctx.saved_tensors
+        # d/dlogit = hit * one_hot + soft * p
+        hit_T = torch.where(live_T, dlog_p_T, 0.0)
+        soft_T = torch.where(live_T, dlse_T - dlog_p_T, 0.0)
+        run = _backward_triton if use_triton(x_TD) else _backward_torch
+        dx_TD, dweight_VD = run(x_TD, weight_VD, ids_T, lse_T, hit_T, soft_T, ctx.head.softcap)
+        if ctx.head.group is not None:
+            dist.all_reduce(dx_TD, group=ctx.head.group)
+        return dx_TD.to(x_TD.dtype), dweight_VD.to(weight_VD.dtype), None, None
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _logits(x_CD, weight_VD, softcap):
+    """fp32 logits of one chunk and the slope of the softcap (None without)."""
+    raw_CV = torch.matmul(x_CD, weight_VD.T).to(_wide(x_CD))
+    if softcap is None:
+        return raw_CV, None
+    bend_CV = torch.tanh(raw_CV / softcap)
+    return softcap * bend_CV, 1 - bend_CV * bend_CV
+
+
+def _forward_torch(x_TD, weight_VD, ids_T, softcap):
+    picked, lse = [], []
+    for start in range(0, x_TD.shape[0], CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        logits_CV, _ = _logits(x_TD[part], weight_VD, softcap)
+        inside_C = (ids_T[part] >= 0) & (ids_T[part] < weight_VD.shape[0])
+        at_C1 = torch.where(inside_C, ids_T[part], 0)[:, None]
+        picked.append(torch.where(inside_C, logits_CV.gather(1, at_C1)[:, 0], 0.0))
+        lse.append(torch.logsumexp(logits_CV, -1))
+    empty = x_TD.new_zeros(0, dtype=_wide(x_TD))
+    return torch.cat([empty, *picked]), torch.cat([empty, *lse])
+
+
+def _backward_torch(x_TD, weight_VD, ids_T, lse_T, hit_T, soft_T, softcap):
+    dx_TD = torch.zeros(x_TD.shape, dtype=_wide(x_TD), device=x_TD.device)
+    dweight_VD = torch.zeros(weight_VD.shape, dtype=_wide(x_TD), device=x_TD.device)
+    for start in range(0, x_TD.shape[0], CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        logits_CV, slope_CV = _logits(x_TD[part], weight_VD, softcap)
+        grad_CV = torch.exp(logits_CV - lse_T[part, None]) * soft_T[part, None]
+        inside_C = (ids_T[part] >= 0) & (ids_T[part] < weight_VD.shape[0])
+        at_C1 = torch.where(inside_C, ids_T[part], 0)[:, None]
+        grad_CV.scatter_add_(1, at_C1, torch.where(inside_C, hit_T[part], 0.0)[:, None])
+        grad_CV = (grad_CV if slope_CV is None else grad_CV * slope_CV).to(x_TD.dtype)
+        dx_TD[part] = torch.matmul(grad_CV, weight_VD)
+        dweight_VD += torch.matmul(grad_CV.T, x_TD[part])
+    return dx_TD, dweight_VD
+
+
+def _switches(x_TD, weight_VD, softcap) -> dict[str, Any]:
+    tokens, rows, width = LOGIT_TILE
+    return dict(
+        WIDTH=x_TD.shape[1], CAP=softcap or 0.0, SOFTCAP=softcap is not None, BT=tokens, BV=rows, BD=width,
+        PRECISION="ieee", COMPUTE=tl.float64 if x_TD.dtype == torch.float64 else tl.float32, num_warps=4,
+    )  # fmt: skip
+
+
+def _forward_triton(x_TD, weight_VD, ids_T, softcap):
+    x_TD, weight_VD = x_TD.contiguous(), weight_VD.contiguous()
+    picked_T, lse_T = (torch.zeros(x_TD.shape[0], dtype=_wide(x_TD), device=x_TD.device) for _ in range(2))
+    if x_TD.shape[0]:
+        log_prob_kernel[(cdiv(x_TD.shape[0], LOGIT_TILE[0]),)](
+            x_TD, weight_VD, ids_T, picked_T, lse_T, *x_TD.shape[:1], *weight_VD.shape[:1],
+            **_switches(x_TD, weight_VD, softcap),
+        )  # fmt: skip
+    return picked_T, lse_T
+
+
+def _backward_triton(x_TD, weight_VD, ids_T, lse_T, hit_T, soft_T, softcap):
+    """Each chunk of tokens makes its (C, V) gradient in one kernel,
+    then two dense products: cuBLAS is best at those."""
+    x_TD, weight_VD = x_TD.contiguous(), weight_VD.contiguous()
+    vocabulary = weight_VD.shape[0]
+    dx_TD = torch.zeros(x_TD.shape, dtype=_wide(x_TD), device=x_TD.device)
+    dweight_VD = torch.zeros(weight_VD.shape, dtype=_wide(x_TD), device=x_TD.device)
+    for start in range(0, x_TD.shape[0], CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        count = x_TD[part].shape[0]
+        grad_CV = torch.empty(count, vocabulary, dtype=x_TD.dtype, device=x_TD.device)
+        logit_gradient_kernel[(cdiv(count, LOGIT_TILE[0]), cdiv(vocabulary, LOGIT_TILE[1]))](
+            x_TD[part], weight_VD, ids_T[part], lse_T[part], hit_T[part].contiguous(), soft_T[part].contiguous(),
+            grad_CV,
+            count, vocabulary, **_switches(x_TD, weight_VD, softcap),
+        )  # fmt: skip
+        dx_TD[part] = torch.matmul(grad_CV, weight_VD)
+        dweight_VD += torch.matmul(grad_CV.T, x_TD[part])
+    return dx_TD, dweight_VD
+
+
+@jit
+def logit_tile(
+    x, weight, t, v, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr, SOFTCAP: tl.constexpr,
+    BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One (BT, BV) tile of logits, accumulated in COMPUTE; `t` and `v` are 64-bit row indices."""
+    logits = tl.zeros([BT, BV], COMPUTE)
+    for first in range(0, WIDTH, BD):
+        d = first + tl.arange(0, BD)
+        inside = (d < WIDTH)[None, :]
+        x_tile = tl.load(x + t[:, None] * WIDTH + d[None, :], mask=(t < tokens)[:, None] & inside, other=0.0)
+        w_tile = tl.load(weight + v[:, None] * WIDTH + d[None, :], mask=(v < vocabulary)[:, None] & inside, other=0.0)
+        logits = tl.dot(x_tile, tl.trans(w_tile), logits, input_precision=PRECISION, out_dtype=COMPUTE)
+    bend = logits
+    if SOFTCAP:
+        half = tl.exp(-2.0 * tl.abs(logits) / CAP)  # no overflow: tanh(|x|) = (1 - e) / (1 + e)
+        bend = (1.0 - half) / (1.0 + half)
+        bend = tl.where(logits < 0, -bend, bend)
+        logits = CAP * bend
+    return logits, bend
+
+
+@jit
+def log_prob_kernel(
+    x, weight, ids, picked, lse, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr, SOFTCAP: tl.constexpr,
+    BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program sweeps the vocabulary for BT tokens with an online softmax."""
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    target = tl.load(ids + t, mask=t < tokens, other=-1)
+    top = tl.full([BT], float("-inf"), COMPUTE)
+    total = tl.zeros([BT], COMPUTE)
+    found = tl.zeros([BT], COMPUTE)
+    for first in range(0, vocabulary, BV):
+        v = (first + tl.arange(0, BV)).to(tl.int64)
+        logits, _ = logit_tile(
+            x, weight, t, v, tokens, vocabulary, WIDTH, CAP, SOFTCAP, BT, BV, BD, PRECISION, COMPUTE
+        )
+        found += tl.sum(tl.where(target[:, None] == v[None, :], logits, 0.0), 1)
+        logits = tl.where((v < vocabulary)[None, :], logits, float("-inf"))
+        top_new = tl.maximum(top, tl.max(logits, 1))
+        total = total * tl.exp(top - top_new) + tl.sum(tl.exp(logits - top_new[:, None]), 1)
+        top = top_new
+    tl.store(picked + t, found, mask=t < tokens)
+    tl.store(lse + t, top + tl.log(total), mask=t < tokens)
+
+
+@jit
+def logit_gradient_kernel(
+    x, weight, ids, lse, hit, soft, grad, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """d loss / d logit of one tile, recomputing its logits: hit where the target is, soft * p everywhere."""
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    v = (tl.program_id(1) * BV + tl.arange(0, BV)).to(tl.int64)
+    logits, bend = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, SOFTCAP, BT, BV, BD, PRECISION, COMPUTE)
+    live = t < tokens
+    p = tl.exp(logits - tl.load(lse + t, mask=live, other=float("inf"))[:, None])
+    out = p * tl.load(soft + t, mask=live, other=0.0)[:, None]
+    is_target = tl.load(ids + t, mask=live, other=-1)[:, None] == v[None, :]
+    out = tl.where(is_target, out + tl.load(hit + t, mask=live, other=0.0)[:, None], out)
+    if SOFTCAP:
+        out = out * (1.0 - bend * bend)
+    inside = live[:, None] & (v < vocabulary)[None, :]
+    tl.store(grad + t[:, None] * vocabulary + v[None, :], out.to(grad.dtype.element_ty), mask=inside)
