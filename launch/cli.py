@@ -65,6 +65,32 @@ def train(
 
 
 @app.command()
+def launch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    on: Annotated[Literal["local", "slurm", "kubernetes", "jobset", "skypilot", "ray"], typer.Option()] = "local",
+    nodes: Annotated[int, typer.Option(help="How many machines.")] = 1,
+    gpus: Annotated[int, typer.Option(help="Ranks on each: GPUS, or CPU processes where there is none.")] = 1,
+    restarts: Annotated[int | None, typer.Option(min=0, help="After crashes. [default: 3; local 0]")] = None,
+    image: Annotated[str, typer.Option(help="Container image, for kubernetes, jobset and skypilot.")] = "",
+    storage: Annotated[str, typer.Option(help="Where runs are kept: a volume claim, or skypilot's bucket.")] = "",
+    accelerator: Annotated[str, typer.Option(help="What skypilot rents.")] = "H100",
+    out: Annotated[Path | None, typer.Option(help="File to write. [default: in RUN_DIR/launch]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the file; write and start nothing.")] = False,
+) -> None:
+    """Train on several GPUs or machines: write the job, start it."""
+    from .cluster import CLUSTERS, describe
+    from .cluster import launch as start
+
+    job = describe(recipe, overrides or (), on, nodes, gpus, restarts, image, storage, accelerator)
+    if dry_run:
+        typer.echo(CLUSTERS[on].write(job), nl=False)
+        return
+    if code := start(job, on, out):
+        raise typer.Exit(code)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A run, or a model directory.")],
     to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="Format.")] = "gguf",
@@ -282,6 +308,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    if not sys.stderr.isatty():  # bars are for people
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
