@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
@@ -18,7 +18,7 @@ import xxhash
 from ..kernels.huggingface import plug
 from . import checkpoint, finish
 from .batches import share, steps_per_epoch
-from .dataset import Dataset, load_dataset
+from .dataset import Dataset, Pair, Sample, load_dataset
 from .dpo import PreferenceTuning
 from .grpo import GroupRelativeTuning
 from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
@@ -45,11 +45,12 @@ def train(recipe: Recipe) -> Path:
     """
     ranks = start(recipe)
     run_dir = Path(recipe.run_dir)
-    if (done := finish.finished(run_dir, identity(recipe))) is not None:
+    if recipe.resume == "auto" and (done := finish.finished(run_dir, identity(recipe))) is not None:
         if ranks.first:
             print(f"{run_dir}: finished before, verified ({done.digest[:12]})")
         return run_dir
-    _prepare_directory(recipe, run_dir, ranks)
+    if recipe.resume == "auto" and (found := checkpoint.newest(run_dir)[0]) is not None:
+        _refuse_other_run(found, recipe)
     tokenizer = load_tokenizer(recipe.model)
     data = load_dataset(recipe, tokenizer, run_dir) if recipe.method != "grpo" else None
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
@@ -64,6 +65,7 @@ def train(recipe: Recipe) -> Path:
     optimizer = build_optimizer(recipe.optim, model.named_parameters())
     engine = build_engine(ranks, model, optimizer, recipe)
     method = _method(recipe, ranks, engine, tokenizer, data, reference)
+    _claim(recipe, run_dir, ranks)
     steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
     log = StepLog(recipe, run_dir, steps, ranks.first)
     _introduce(recipe, engine, data, steps, log)
@@ -170,15 +172,13 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", repr(value)
 
 
-def _prepare_directory(recipe: Recipe, run_dir: Path, ranks: Ranks) -> None:
+def _claim(recipe: Recipe, run_dir: Path, ranks: Ranks) -> None:
+    """Write the first file of a run, once everything that can be wrong with the recipe has been looked at."""
     if ranks.first:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        found, _ = checkpoint.newest(run_dir) if recipe.resume == "auto" else (None, [])
-        if found is not None:
-            _refuse_other_run(found, recipe)
         if recipe.resume == "never":
             for old in [*run_dir.glob("step-*"), run_dir / "model", run_dir / "adapter"]:
                 shutil.rmtree(old, ignore_errors=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     ranks.wait()
 
@@ -191,8 +191,8 @@ def _method(
     assert data is not None
     if recipe.method == "dpo":
         assert reference is not None
-        return PreferenceTuning(recipe, data.train, reference)
-    return SupervisedTuning(recipe, data.train)
+        return PreferenceTuning(recipe, cast(list[Pair], data.train), reference)
+    return SupervisedTuning(recipe, cast(list[Sample], data.train))
 
 
 def _introduce(recipe: Recipe, engine: Engine, data: Dataset | None, steps: int, log: StepLog) -> None:

@@ -5,6 +5,7 @@ learned to correct the *dequantized* NF4 weights. So the merge dequantizes them 
 """
 
 import copy
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -58,10 +59,10 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
             base = layer.get_base_layer()
             total = base_weight(base)
             for adapter in layer.active_adapters:
-                up, down = layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float()
+                up, down = (cast(Tensor, pair[adapter].weight).float() for pair in (layer.lora_B, layer.lora_A))
                 total = total + (up @ down) * layer.scaling[adapter]
             weights[f"{name}.weight"] = total.to(dtype).cpu()
-            if getattr(base, "bias", None) is not None:
+            if isinstance(base.bias, Tensor):
                 weights[f"{name}.bias"] = base.bias.detach().to(dtype).cpu()
             done.add(f"{name}.")
         elif hasattr(getattr(layer, "weight", None), "quant_state") and not any(map(name.startswith, done)):

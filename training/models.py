@@ -106,7 +106,7 @@ def keep_one_arithmetic(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
 
 
 def _unreachable(field: str, name: str, error: Exception) -> str:
