@@ -71,7 +71,9 @@ class Renderer:
         self.end_tokens = [vocabulary.tokens[i] for i in vocabulary.end_ids]
         probe = [{"role": "user", "content": FIRST}]
         if not str(self.tokenizer.apply_chat_template(probe, tokenize=False)).startswith(self.added_bos):
-            raise ValueError(f"template: the tokenizer adds {self.added_bos!r} and the chat template does not, Ollama would")
+            raise ValueError(
+                f"template: the tokenizer adds {self.added_bos!r} and the chat template does not, Ollama would"
+            )
 
     def __call__(self, messages: Messages, generation: bool = True) -> str | None:
         """Render, or None when the template refuses the conversation."""

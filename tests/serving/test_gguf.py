@@ -31,7 +31,7 @@ def edit_number(path: Path, key: str, new: float) -> None:
 
 
 def undo_permutation(path: Path, heads: dict[str, int]) -> None:
-    """Put the rows of q and k back as they were in the Hugging Face file: what a writer without the permutation does."""
+    """Put the rows of q and k back as they were: what a writer without the permutation does."""
     for tensor in gguf.GGUFReader(path, "r+").tensors:
         for part, count in heads.items():
             if tensor.name.endswith(f"{part}.weight"):
@@ -152,6 +152,6 @@ def test_a_damaged_file_is_one_line_and_not_a_crash(tmp_path: Path, tiny: Path) 
     path = tmp_path / "model.gguf"
     write_gguf(tiny, path, "f16")
     path.write_bytes(path.read_bytes()[:-50_000])
-    with pytest.raises(ValueError, match="gguf: llama.cpp cannot run") as caught:
+    with pytest.raises(ValueError, match=r"gguf: llama\.cpp cannot run") as caught:
         score(ScoreRequest(str(path), [[1, 2, 3]], [], [], 1))
     assert "\n" not in str(caught.value)

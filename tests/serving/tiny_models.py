@@ -1,11 +1,11 @@
-"""Small random models with tokenizers of their own, in Hugging Face's layout, whose faults are as loud as a real model's."""
+"""Small random models with tokenizers of their own, whose faults are as loud as a real model's."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from shipyard.serving.probes import TEXTS
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,12 +19,16 @@ from transformers import (
 )
 
 CHATML = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n"
+    "{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
-NUMBERS_BY_THREE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+NUMBERS_BY_THREE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 NUMBERS_BY_ONE = NUMBERS_BY_THREE.replace("{1,3}", "")
 
 
@@ -46,6 +50,7 @@ def make_tokenizer(pre: str, bos: bool = False, template: str | None = CHATML) -
     """A byte-level BPE trained on the probe texts; `bos`: it puts <s> before every text."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = PRE[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=900, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
