@@ -1,0 +1,42 @@
+"""A SkyPilot task: the same job on rented machines of any cloud, started again when they are taken away."""
+
+import yaml
+
+from ..training.recipe import dump_recipe
+from .job import ENVIRONMENT, Job, accelerate
+from .kubernetes import STORAGE, BlockDumper
+
+END = "END_OF_RECIPE"
+
+
+def skypilot_task(job: Job) -> str:
+    """A task for `sky jobs launch` (https://docs.skypilot.co/en/latest/reference/yaml-spec.html)."""
+    recipe = dump_recipe(job.recipe)
+    assert END not in recipe.splitlines(), "the recipe would end its own here-document"
+    run = f"""\
+set -euo pipefail
+cd {STORAGE}
+cat >/tmp/recipe.yaml <<'{END}'
+{recipe}{END}
+PYTHON=python NNODES=$SKYPILOT_NUM_NODES NODE_RANK=$SKYPILOT_NODE_RANK GPUS={job.gpus}
+MASTER_ADDR=$(head -n 1 <<<"$SKYPILOT_NODE_IPS") MASTER_PORT=29500
+{ENVIRONMENT}{accelerate("/tmp/recipe.yaml")}"""
+    task = {
+        "name": job.name,
+        "num_nodes": job.nodes,
+        "resources": {
+            "accelerators": f"{job.accelerator}:{job.gpus}",
+            "image_id": f"docker:{job.image}",
+            "job_recovery": {"max_restarts_on_errors": job.restarts},
+        },
+        "file_mounts": {STORAGE: {"source": job.storage, "mode": "MOUNT_CACHED"}},
+        "run": run,
+    }
+    header = f"""\
+# {job.name}: {job.nodes} machines of {job.gpus} x {job.accelerator}, written by `shipyard launch`. sky jobs launch THIS FILE.
+# A managed job gets new machines when its own are taken (add `use_spot: true` to resources for the cheap ones), and goes on
+# from the newest save in {STORAGE}; job_recovery also starts it again after a crash, at most {job.restarts} times.
+# MOUNT_CACHED: files are written to the disk first and to the bucket soon after, so that saves are whole files with
+# renames; what a machine had not sent when it went is missing, the manifest tells, and the save before it is used.
+"""
+    return header + yaml.dump(task, Dumper=BlockDumper, sort_keys=False, allow_unicode=True, width=120)
