@@ -14,6 +14,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from . import recipe as recipes
@@ -58,9 +59,13 @@ def load_tokenizer(model: recipes.Model) -> PreTrainedTokenizerBase:
     if name == SCRATCH:
         raise ValueError("model.tokenizer: a model from scratch needs one; name a directory, hub name or asset:NAME")
     try:
-        return AutoTokenizer.from_pretrained(locate(name))
+        tokenizer = AutoTokenizer.from_pretrained(locate(name))
+        if tokenizer.decode(tokenizer("a b", add_special_tokens=False)["input_ids"]) == "ab":
+            # DeepSeek V3's config names LlamaTokenizerFast, which transformers 5 rebuilds without its spaces
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(locate(name))
     except (OSError, ImportError) as error:
         raise ValueError(_unreachable("model.tokenizer", name, error)) from None
+    return tokenizer
 
 
 def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreTrainedModel:

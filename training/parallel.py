@@ -202,8 +202,8 @@ class ZeroEngine(Engine):
         return self.deepspeed.optimizer.optimizer
 
     def _link_state(self) -> None:
-        """DeepSpeed 0.19 ties parameters to their moments after the first group's first step, when those of later groups
-        do not exist yet, and never again; without this, reading a bias' moments fails under ZeRO-1 and 2."""
+        """DeepSpeed 0.19 ties parameters to their moments after the first group's first step, when those of later
+        groups do not exist yet, and never again; without this, reading a norm's moments fails under ZeRO-1 and 2."""
         if self.stage < 3:
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()

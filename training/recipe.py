@@ -166,7 +166,7 @@ class Recipe(Section):
             ),
             (
                 self.method == "grpo" and self.parallel.engine == "zero3",
-                "parallel.engine: grpo samples from the weights in place, which zero3 scatters; use ddp, zero1 or zero2",
+                "parallel.engine: grpo samples from weights in place, which zero3 scatters; use ddp, zero1 or zero2",
             ),
             (
                 self.data.prompt is not None and self.data.completion is None and self.method == "sft",
