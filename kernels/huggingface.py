@@ -6,18 +6,31 @@ PyTorch path, in which a packed row costs one SDPA call per document instead of 
 Shape suffixes: B rows, T tokens, H query heads, G key/value heads, D head width, E value width.
 """
 
+import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .attention import WIDTHS, flash_attention
+from .jit import HAS_TRITON, need_triton
+from .linear_cross_entropy import linear_cross_entropy
+from .rms_norm import rms_norm
+from .rope import rope
+from .swiglu import swiglu
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v3")
-TORCH_ATTENTION = "shipyard_torch"
+TORCH_ATTENTION, TRITON_ATTENTION = "shipyard_torch", "shipyard_triton"
 
 
 @dataclass
@@ -48,15 +61,108 @@ def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "
             return Plug("torch", ())
         kind = bases[0].config.model_type if bases else type(model).__name__
         raise ValueError(f"kernels: {kernels!r}, but model type {kind!r} is not in {MODEL_TYPES}; use kernels: auto")
+    base = bases[0]
+    weight = next(base.parameters())
     if kernels == "triton":
-        raise ValueError("kernels: 'triton', needs an NVIDIA or AMD GPU; use kernels: auto")
-    return _plug_torch(bases[0])
+        need_triton(weight)
+    on_gpu = kernels == "auto" and weight.is_cuda and HAS_TRITON
+    plugged = Plug("triton" if kernels == "triton" or on_gpu else "torch", ())
+    _plug_attention(base, plugged)
+    if plugged.path == "triton":
+        _plug_rope(base, plugged)
+        _plug_layers(base, plugged)
+    _plug_loss(base, plugged)
+    return plugged
 
 
-def _plug_torch(base: PreTrainedModel) -> Plug:
-    before = base.config._attn_implementation or "sdpa"
-    base.set_attn_implementation(TORCH_ATTENTION)
-    return Plug("torch", ("attention",), [lambda: base.set_attn_implementation(before)])
+def _done(plugged: Plug, part: str, undo: Callable[[], None]) -> None:
+    plugged.undo.append(undo)
+    if part not in plugged.parts:
+        plugged.parts = (*plugged.parts, part)
+
+
+def _replace_forward(plugged: Plug, part: str, module: torch.nn.Module, forward: Callable) -> None:
+    """Shadows the class's forward on this one module."""
+    module.forward = forward
+    _done(plugged, part, lambda: delattr(module, "forward"))
+
+
+def _plug_attention(base: Any, plugged: Plug) -> None:
+    before, config = base.config._attn_implementation or "sdpa", base.config
+    width = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    width = width or config.hidden_size // config.num_attention_heads
+    fits = width in WIDTHS and getattr(config, "v_head_dim", width) in WIDTHS
+    base.set_attn_implementation(TRITON_ATTENTION if plugged.path == "triton" and fits else TORCH_ATTENTION)
+    _done(plugged, "attention", lambda: base.set_attn_implementation(before))
+
+
+def _plug_rope(base: PreTrainedModel, plugged: Plug) -> None:
+    """The modeling files call rotary functions by their global name, so this part serves all models of the file."""
+    module = sys.modules[type(base).__module__]
+    for name, interleaved in (("apply_rotary_pos_emb", False), ("apply_rotary_pos_emb_interleave", True)):
+        if stock := getattr(module, name, None):
+            setattr(module, name, partial(rotary, interleaved))
+            _done(plugged, "rope", partial(setattr, module, name, stock))
+
+
+def _plug_layers(base: PreTrainedModel, plugged: Plug) -> None:
+    for module in base.modules():
+        name = type(module).__name__
+        if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            _replace_forward(plugged, "rms_norm", module, partial(norm_forward, module))
+        if name.endswith("MLP") and isinstance(getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation)):
+            _replace_forward(plugged, "swiglu", module, partial(mlp_forward, module))
+
+
+def _plug_loss(base: Any, plugged: Plug) -> None:
+    if isinstance(getattr(base, "lm_head", None), torch.nn.Linear) and base.lm_head.bias is None:
+        _replace_forward(plugged, "loss", base, partial(causal_lm_forward, base))
+
+
+def rotary(interleaved: bool, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest, **named):
+    """transformers' apply_rotary_pos_emb: q (B,H,T,D), k (B,G,T,D), cos and sin (B,T,2R) in halves that repeat."""
+    pairs = cos.shape[-1] // 2
+    out = rope(q.transpose(1, 2), k.transpose(1, 2), cos[..., :pairs], sin[..., :pairs], interleaved)
+    if interleaved:  # transformers leaves the pairs as two halves
+        out = tuple(x.unflatten(-1, (pairs, 2)).transpose(-1, -2).flatten(-2) for x in out)
+    return out[0].transpose(1, 2), out[1].transpose(1, 2)
+
+
+def norm_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """transformers' RMSNorm.forward; mixed dtypes keep the stock code, whose result is the wider one."""
+    if module.weight.dtype != hidden_states.dtype:
+        return type(module).forward(module, hidden_states)
+    y: Any = rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    return y
+
+
+def mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """transformers' gated MLP."""
+    return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+
+
+def causal_lm_forward(base: Any, *args, labels: torch.Tensor | None = None, **kwargs):
+    """ForCausalLM.forward; with labels the loss comes without logits (None), computed at supervised tokens only.
+
+    As transformers does, it shifts the labels, takes -100 as ignored and divides by `num_items_in_batch`, or by the
+    supervised tokens. A head whose weight is elsewhere (ZeRO-3, FSDP) keeps the stock code.
+    """
+    weight, stock = base.lm_head.weight, type(base).forward
+    elsewhere = weight.numel() == 0 or isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+    if labels is None or elsewhere or type(base.lm_head) is not torch.nn.Linear:
+        return stock(base, *args, **kwargs) if labels is None else stock(base, *args, labels=labels, **kwargs)
+    items, targets = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+    if targets is None:
+        targets = F.pad(labels[..., 1:], (0, 1), value=-100)
+    kwargs.pop("logits_to_keep", None)
+    outputs = base.model(*args, **kwargs)
+    live = targets != -100
+    loss, _ = linear_cross_entropy(outputs.last_hidden_state[live], weight, targets[live])
+    mean: Any = loss / (live.sum() if items is None else items)
+    return CausalLMOutputWithPast(
+        loss=mean, logits=None, past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+    )  # fmt: skip
 
 
 def document_ends(position_ids_BT: torch.Tensor) -> list[list[int]]:
@@ -133,5 +239,52 @@ def documents_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
     )
 
 
-AttentionInterface.register(TORCH_ATTENTION, attention_per_document)
-AttentionMaskInterface.register(TORCH_ATTENTION, documents_mask)
+class _Borders:
+    """cu_seqlens of the position ids seen last: all layers of one forward pass share them, and one synchronisation."""
+
+    def __init__(self) -> None:
+        self.key: tuple = ()
+        self.positions: torch.Tensor | None = None
+        self.cu = torch.zeros(1, dtype=torch.int32)
+        self.longest = 0
+
+    def of(self, position_ids: torch.Tensor | None, rows: int, length: int, device) -> tuple[torch.Tensor, int]:
+        tracked = position_ids is not None and not position_ids.is_inference()
+        version = position_ids._version if tracked and position_ids is not None else 0
+        if self.positions is not position_ids or self.key != (version, rows, length, device) or position_ids is None:
+            ends = document_ends(position_ids) if position_ids is not None else [[length]]
+            ends = ends * rows if len(ends) == 1 else ends
+            borders = [0, *(row * length + end for row in range(rows) for end in ends[row])]
+            self.cu = torch.tensor(borders, dtype=torch.int32, device=device)
+            self.longest = max(end - start for start, end in itertools.pairwise(borders))
+            self.positions, self.key = position_ids, (version, rows, length, device)
+        return self.cu, self.longest
+
+
+BORDERS = _Borders()
+
+
+def attention_triton(
+    module: Any, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None,
+    sliding_window: int | None = None, is_causal: bool | None = None, position_ids=None, **kwargs,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """`flash_attention` as an AttentionInterface function; dropout,
+    padding and caches take `attention_per_document`."""
+    if attention_mask is not None or query.shape[2] != key.shape[2] or dropout:
+        return attention_per_document(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window, is_causal, position_ids,
+            **kwargs
+        )
+    rows, heads, length, _ = query.shape
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    cu, longest = BORDERS.of(position_ids, rows, length, query.device)
+    q, k, v = (x.transpose(1, 2).reshape(rows * length, x.shape[1], x.shape[3]) for x in (query, key, value))
+    out = flash_attention(
+        q, k, v, cu, causal=causal, window=sliding_window if causal else None, scale=scaling, max_seqlen=longest
+    )
+    return out.view(rows, length, heads, value.shape[3]), None
+
+
+for _name, _function in ((TORCH_ATTENTION, attention_per_document), (TRITON_ATTENTION, attention_triton)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, documents_mask)

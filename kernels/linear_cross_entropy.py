@@ -1,8 +1,8 @@
 """Cross-entropy of a linear head without its logits, forward and backward (Wijmans et al. 2024, arXiv:2411.09009).
 
 Shape suffixes: T tokens, D model width, V vocabulary rows of this rank, C chunk of tokens. The forward kernel stores
-two numbers a token; the backward pass and the PyTorch path hold one (C, V) tile at a time, never (T, V). With `group` the
-head is split by rows over its ranks.
+two numbers a token; the backward pass and the PyTorch path hold one (C, V) tile at a time, never (T, V). With `group`
+the head is split by rows over its ranks.
 """
 
 from typing import Any, NamedTuple

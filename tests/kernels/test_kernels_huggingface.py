@@ -53,7 +53,8 @@ def test_torch_path_equals_the_block_mask(name):
     ids, positions = packed([5, 1, 12, 9])
     logits, grads = gradients(model, ids, positions)
     plugged = plug(model, "torch")
-    assert plugged.parts == ("attention",)
+    assert plugged.path == "torch"
+    assert plugged.parts == ("attention", "loss")
     mine, my_grads = gradients(model, ids, positions)
     plugged.remove()
     torch.testing.assert_close(mine, logits, rtol=0, atol=1e-12)
@@ -100,9 +101,33 @@ def test_batched_rows_with_their_own_documents():
         torch.testing.assert_close(model(input_ids=rows, position_ids=both, use_cache=False).logits, want)
 
 
+def test_loss_without_logits_equals_transformers():
+    """Mean over the supervised tokens, `num_items_in_batch`, and every gradient."""
+    model = build("qwen2")
+    ids, positions = packed([9, 12])
+    labels = ids.masked_fill(torch.arange(21) % 3 == 0, -100)
+    for extra in ({}, {"num_items_in_batch": 40}):
+        results = []
+        for path in ("stock", "torch"):
+            plugged = plug(model) if path == "torch" else None
+            model.zero_grad()
+            out = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False, **extra)
+            out.loss.backward()
+            results.append([out.loss.detach(), *(p.grad.clone() for p in model.parameters())])
+            if plugged:
+                assert out.logits is None
+                plugged.remove()
+            else:
+                assert out.logits is not None
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=1e-6)  # stock loss is fp32
+
+
 def test_users_mistakes():
     with pytest.raises(ValueError, match="kernels: 'cuda', must be auto, torch or triton"):
         plug(build("llama"), "cuda")
     with pytest.raises(ValueError, match="use kernels: auto"):
         plug(torch.nn.Linear(2, 2), "torch")
     assert plug(torch.nn.Linear(2, 2)).parts == ()
+    with pytest.raises(ValueError, match="kernels: triton, needs a GPU"):
+        plug(build("llama"), "triton")

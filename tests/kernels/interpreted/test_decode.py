@@ -49,7 +49,7 @@ def test_decode_is_batch_invariant():
 
 
 def test_decode_agrees_with_prefill():
-    """The last row of a causal prefill is what decoding against the same keys gives (other tiles: not the same bits)."""
+    """The last row of a causal prefill equals decoding against the same keys (in other tiles, so not to the bit)."""
     q, k, v, table, lengths = sample([90], dtype=torch.float64)
     pages = table[0, :6].long()
     keys, values = (x[pages].flatten(0, 1)[:90] for x in (k, v))

@@ -1,0 +1,86 @@
+"""transformers models through the Triton kernels, under the interpreter, against their own code."""
+
+import pytest
+import torch
+from kernel_bars import hold_bars
+from shipyard.kernels.huggingface import plug
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+SMALL = dict(
+    vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, head_dim=16,
+)  # fmt: skip
+DEEPSEEK = dict(
+    SMALL, num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16,
+    v_head_dim=16, first_k_dense_replace=2, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
+    n_shared_experts=1, moe_intermediate_size=32, head_dim=16,
+)  # fmt: skip
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen3": lambda: Qwen3Config(**SMALL),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=7),
+    "deepseek_v3": lambda: DeepseekV3Config(**DEEPSEEK),
+}
+LENGTHS = [5, 1, 12]
+
+
+def step(model, ids, positions, labels):
+    """Loss and gradients of one packed step."""
+    model.zero_grad()
+    loss = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def batch(vocabulary, lengths):
+    torch.manual_seed(1)
+    ids = torch.randint(0, vocabulary, (1, sum(lengths)))
+    return ids, torch.cat([torch.arange(length) for length in lengths])[None], ids.masked_fill(ids % 4 == 0, -100)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_model_type_in_fp64(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="sdpa").double().train()
+    ids, positions, labels = batch(97, LENGTHS)
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    stock = step(model, ids, positions, labels)
+    plugged = plug(model, "triton")
+    assert set(plugged.parts) == {"attention", "rope", "rms_norm", "swiglu", "loss"}
+    mine = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(mine.double(), logits.double(), rtol=1e-6, atol=1e-6)  # stock norms and loss are fp32
+    for x, y in zip(step(model, ids, positions, labels), stock, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=1e-6)
+    plugged.remove()
+    again = step(model, ids, positions, labels)
+    assert all(torch.equal(x, y) for x, y in zip(again, stock, strict=True))
+
+
+def smollm_shape(layers=2):
+    """SmolLM2-135M's widths: 576 wide, 9 query and 3 key heads of 64; a smaller vocabulary."""
+    return LlamaConfig(
+        vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_training_step_at_smollm_shape(dtype):
+    """Loss and every gradient within the bars: no further from fp64 than the PyTorch path in the same dtype."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(smollm_shape(), attn_implementation="eager").train()
+    ids, positions, labels = batch(1024, [20, 9])
+    state = {name: p.detach().to(dtype) for name, p in model.state_dict().items()}
+    model.to(dtype).load_state_dict(state)
+    eager = step(model, ids, positions, labels)
+    plugged = plug(model, "triton")
+    mine = step(model, ids, positions, labels)
+    plugged.remove()
+    model.double()
+    exact = step(model, ids, positions, labels)
+    # all gradients as one vector: a single small tensor's ratio is luck
+    flat = [[torch.cat([x.flatten() for x in way[1:]])] for way in (mine, eager, exact)]
+    hold_bars(f"training step {dtype}", *flat)
+    assert abs(mine[0].double() - exact[0]) <= 2 * abs(eager[0].double() - exact[0]) + 1e-6
