@@ -1,6 +1,7 @@
 """`shipyard launch`: writes an `accelerate launch` job for a cluster, or this machine, and starts it."""
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -120,8 +121,8 @@ def describe(
 
 
 def launch(job: Job, where: Where, out: Path | None = None) -> int:
-    """Write the job's file (`out`, or RUN_DIR/launch/) and start it. Returns the exit code: a local job's own, 0 where a
-    cluster took it. Raises ValueError when the cluster's program is not here or refuses; the file is there then."""
+    """Write the job's file (`out`, or RUN_DIR/launch/) and start it. Returns the exit code: a local job's own, 0 where
+    a cluster took it. Raises ValueError when the cluster's program is not here or refuses; the file is there then."""
     cluster = CLUSTERS[where]
     path = out or Path(job.recipe.run_dir) / "launch" / (job.name + cluster.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,7 @@ def launch(job: Job, where: Where, out: Path | None = None) -> int:
     if shutil.which(cluster.tool) is None:
         raise ValueError(
             f"{cluster.tool}: not found on this machine, {cluster.install}; the job is written to {path}, "
-            f"start it with: {' '.join(cluster.start)} {path}"
+            f"start it with: {shlex.join(command)}"
         )
     if where == "local":
         return _run_here(command)
@@ -138,7 +139,7 @@ def launch(job: Job, where: Where, out: Path | None = None) -> int:
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ValueError(f"{cluster.tool}: refused {path}: {lines[-1]}; mend it and start again: {' '.join(command)}")
+        raise ValueError(f"{cluster.tool}: refused {path}: {lines[-1]}; mend it and start again: {shlex.join(command)}")
     return 0
 
 

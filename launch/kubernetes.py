@@ -25,7 +25,7 @@ def trainjob_manifest(job: Job) -> str:
     node = {"metadata": {"labels": TRAINER}, "spec": _job_spec(job)}
     runtime = _object("trainer.kubeflow.org/v1alpha1", "TrainingRuntime", job)
     runtime["spec"] = {
-        "mlPolicy": {"numNodes": job.nodes, "torch": {"numProcPerNode": job.gpus}},
+        "mlPolicy": {"numNodes": job.nodes, "torch": {}},
         "template": {
             "spec": {
                 "failurePolicy": _failure_policy(job),
@@ -50,7 +50,8 @@ def trainjob_manifest(job: Job) -> str:
 
 def jobset_manifest(job: Job) -> str:
     """ConfigMap and JobSet, jobset.x-k8s.io/v1alpha2. Pods find node 0 by its name, which a JobSet fixes."""
-    where = f"NNODES={job.nodes} NODE_RANK=$JOB_COMPLETION_INDEX MASTER_ADDR={job.name}-node-0-0.{job.name} MASTER_PORT=29500"
+    node_0 = f"{job.name}-node-0-0.{job.name}"
+    where = f"NNODES={job.nodes} NODE_RANK=$JOB_COMPLETION_INDEX MASTER_ADDR={node_0} MASTER_PORT=29500"
     spec = _job_spec(job) | {"parallelism": job.nodes, "completions": job.nodes, "completionMode": "Indexed"}
     container = spec["template"]["spec"]["containers"][0]
     container["command"] = ["/bin/bash", "-euc", _pod_script(job, where)]
@@ -69,8 +70,8 @@ def _header(job: Job, kind: str) -> str:
 # {job.name}: {job.nodes} pods of {job.gpus} ranks, as {kind}, written by `shipyard launch`. kubectl apply -f THIS FILE;
 # to go on after it has ended: kubectl delete -f, then apply.
 # terminationGracePeriodSeconds: an evicted pod gets SIGTERM, finishes its step and saves, within {GRACE_S} s.
-# failurePolicy: all pods start again together and go on from the newest save, after a crash at most {job.restarts} times, after
-#   an eviction or preemption (podFailurePolicy names it: DisruptionTarget) as often as it happens.
+# failurePolicy: all pods start again together and go on from the newest save, at most {job.restarts} times after a
+#   crash, after an eviction or preemption (podFailurePolicy names it: DisruptionTarget) as often as it happens.
 # publishNotReadyAddresses: the pods find each other by name while they start.
 # /dev/shm: NCCL and data workers need more than the 64 MiB that containers get.
 # {STORAGE}: the volume claim {job.storage} (ReadWriteMany); the recipe's relative paths, run_dir too, are there.
@@ -98,7 +99,7 @@ def _job_spec(job: Job) -> dict[str, Any]:
 
 
 def _failure_policy(job: Job) -> dict[str, Any]:
-    """https://jobset.sigs.k8s.io/docs/tasks/failure_policy: the reason is the one that podFailurePolicy's FailJob gives."""
+    """https://jobset.sigs.k8s.io/docs/tasks/failure_policy: the reason is what podFailurePolicy's FailJob gives."""
     rule = {
         "name": "preempted",
         "action": "RestartJobSetAndIgnoreMaxRestarts",

@@ -21,7 +21,8 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 # the job starts again; without this the others wait for it for ever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}
 # The last 2,000 collectives of each rank are remembered, and written down when one times out: they name who is missing.
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # NCCL says what it could not do, and nothing else. It finds the fast network by itself; where it picks a wrong one, set
 # NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (to eth0, say), and NCCL_IB_HCA for InfiniBand.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

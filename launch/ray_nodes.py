@@ -19,8 +19,8 @@ def ray_script(job: Job) -> str:
     """A script that submits itself as a Ray job and, run by that job on each node, starts the node's ranks."""
     return f"""\
 #!/bin/bash
-# {job.name}: {job.nodes} x {job.gpus} ranks on a Ray cluster, written by `shipyard launch`. bash THIS FILE submits it to
-# $RAY_ADDRESS (http://127.0.0.1:8265 by default); `ray job stop` saves, and submitted again it goes on.
+# {job.name}: {job.nodes} x {job.gpus} ranks on a Ray cluster, written by `shipyard launch`. bash THIS FILE
+# submits it to $RAY_ADDRESS (http://127.0.0.1:8265 by default); `ray job stop` saves, and submitted again it goes on.
 set -euo pipefail
 cd {shlex.quote(str(job.folder))}
 PYTHON={shlex.quote(job.python)} NNODES={job.nodes} GPUS={job.gpus}

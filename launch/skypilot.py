@@ -33,9 +33,10 @@ MASTER_ADDR=$(head -n 1 <<<"$SKYPILOT_NODE_IPS") MASTER_PORT=29500
         "run": run,
     }
     header = f"""\
-# {job.name}: {job.nodes} machines of {job.gpus} x {job.accelerator}, written by `shipyard launch`. sky jobs launch THIS FILE.
-# A managed job gets new machines when its own are taken (add `use_spot: true` to resources for the cheap ones), and goes on
-# from the newest save in {STORAGE}; job_recovery also starts it again after a crash, at most {job.restarts} times.
+# {job.name}: {job.nodes} machines of {job.gpus} x {job.accelerator}, written by `shipyard launch`.
+# sky jobs launch THIS FILE: a managed job gets new machines when its own are taken (`use_spot: true` in resources asks
+# for the cheap ones) and goes on from the newest save in {STORAGE}; job_recovery also starts it again after a crash,
+# {job.restarts} times at most.
 # MOUNT_CACHED: files are written to the disk first and to the bucket soon after, so that saves are whole files with
 # renames; what a machine had not sent when it went is missing, the manifest tells, and the save before it is used.
 """

@@ -8,6 +8,8 @@ from .job import ENVIRONMENT, GRACE_S, Job, accelerate
 
 def slurm_script(job: Job) -> str:
     """A batch script for `sbatch` (https://slurm.schedmd.com/sbatch.html), whose nodes share this file system."""
+    # Indented before the arguments are put in: they may hold line breaks, which must stay what they are.
+    launch = textwrap.indent(accelerate("ARGUMENTS"), "    ").replace("ARGUMENTS", job.here())
     return f"""\
 #!/bin/bash
 #SBATCH --job-name={job.name}
@@ -21,8 +23,8 @@ def slurm_script(job: Job) -> str:
 #SBATCH --output=slurm-%x-%j.out
 #
 # {job.name}: {job.nodes} x {job.gpus} ranks, written by `shipyard launch`. One task a node starts that node's ranks.
-# --signal sends SIGTERM to this script {GRACE_S} s before the time limit; --requeue lets Slurm start it again after it took
-# the nodes for another job or lost one. SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT are read by sbatch.
+# --signal sends SIGTERM to this script {GRACE_S} s before the time limit; --requeue lets Slurm start it again after it
+# took the nodes for another job or lost one. sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT.
 set -uo pipefail
 cd {shlex.quote(str(job.folder))} || exit 2
 export PYTHON={shlex.quote(job.python)} NNODES=$SLURM_JOB_NUM_NODES GPUS={job.gpus}
@@ -31,7 +33,7 @@ export PYTHON={shlex.quote(job.python)} NNODES=$SLURM_JOB_NUM_NODES GPUS={job.gp
 ranks() {{ # on every node
 {textwrap.indent(ENVIRONMENT, "    ")}
     NODE_RANK=$SLURM_PROCID
-{textwrap.indent(accelerate(job.here()), "    ")}}}
+{launch}}}
 export -f ranks
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -1,0 +1,228 @@
+"""Launching, what happens: jobs start, stop, save and go on as they say; mistakes are told first."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster_jobs import ROOT, plain_job, slurm_environment
+from shipyard.launch.cli import run_command
+from shipyard.launch.cluster import CLUSTERS
+from shipyard.launch.job import ENVIRONMENT, Job
+from shipyard.training.recipe import load_recipe
+
+LAUNCHER = """#!/bin/bash
+# In place of Accelerate's launcher: notes its rank and port, ends as told; on SIGTERM it saves, and ends with 1.
+if [ "$1" = -c ]; then echo /package; exit; fi
+trap 'sleep 0.3; echo saved >>"$NOTES"; exit 1' TERM
+while [ "$1" != --machine_rank ]; do shift; done
+echo "rank $2 of $NNODES at $MASTER_ADDR:$MASTER_PORT" >>"$NOTES"
+if [ -n "${ENDS:-}" ]; then exit "$ENDS"; fi
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def slurm_job(tmp_path: Path) -> tuple[Path, dict[str, str], Path]:
+    """A job's script for two nodes, its environment, and what its launchers note."""
+    python = tmp_path / "python"
+    python.write_text(LAUNCHER)
+    python.chmod(0o755)
+    script, notes = tmp_path / "job.sbatch", tmp_path / "notes"
+    job = Job(**{**vars(plain_job("slurm")), "python": str(python), "folder": tmp_path})
+    script.write_text(CLUSTERS["slurm"].write(job))
+    return script, slurm_environment(tmp_path, nodes=2) | {"NOTES": str(notes)}, notes
+
+
+def test_slurm_preemption_saves_everywhere_and_requeues(slurm_job, tmp_path: Path) -> None:
+    script, environment, notes = slurm_job
+    process = subprocess.Popen(["bash", script], env=environment)
+    until = time.monotonic() + 20
+    while time.monotonic() < until and not (notes.is_file() and notes.read_text().count("rank") == 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # impatience must not cut the save short
+    assert process.wait(20) == 143
+    assert notes.read_text().count("saved") == 2
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(("ends", "code", "attempts"), [("0", 0, 1), ("1", 1, 4)])
+def test_slurm_crash_starts_again_on_another_port(
+    slurm_job, tmp_path: Path, ends: str, code: int, attempts: int
+) -> None:
+    script, environment, notes = slurm_job
+    done = subprocess.run(["bash", script], env=environment | {"ENDS": ends}, capture_output=True, timeout=30)
+    assert done.returncode == code
+    lines = notes.read_text().splitlines()
+    assert sorted(line.split()[1] for line in lines) == sorted(["0", "1"] * attempts)
+    assert len({line.rpartition(":")[2] for line in lines}) == attempts
+    assert not (tmp_path / "scontrol.log").exists()
+
+
+RECIPE = str(ROOT / "launch" / "recipes" / "llama3-8b-qlora.yaml")
+MISTAKES = [
+    (["gone.yaml"], "gone.yaml is not a file"),
+    ([RECIPE, "optim.lrr=1"], "did you mean 'optim.lr'"),
+    ([RECIPE, "--nodes", "0", "--on", "slurm"], "nodes: 0"),
+    ([RECIPE, "--nodes", "2"], "nodes: 2, this machine is one"),
+    ([RECIPE, "--gpus", "8", "--nodes", "9", "--on", "slurm"], "batch.size: 64 samples cannot feed 72 ranks"),
+    ([RECIPE, "resume=never", "--on", "slurm"], "resume: never"),
+    ([RECIPE, "--on", "kubernetes", "--storage", "x"], "image: kubernetes starts containers"),
+    ([RECIPE, "--on", "jobset", "--image", "x", "--storage", "a b"], "storage: 'a b'"),
+    ([RECIPE, "--on", "skypilot", "--image", "x"], "give --storage s3://BUCKET"),
+    ([RECIPE, "--on", "moon"], "'--on'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES, ids=[said for _, said in MISTAKES])
+def test_mistakes_are_one_line_and_write_nothing(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["launch", *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert said in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_written_then_started_or_said_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+    command = ["launch", RECIPE, "run_dir=my runs/a", "--on", "slurm", "--nodes", "2"]
+    assert run_command([*command, "--dry-run"]) == 0
+    script = capfd.readouterr().out
+    assert script.startswith("#!/bin/bash\n#SBATCH")
+    assert not (tmp_path / "my runs").exists()
+
+    assert run_command(command) == 2
+    written = tmp_path / "my runs/a/launch/shipyard-a.sbatch"
+    errors = capfd.readouterr().err
+    assert errors.startswith("shipyard: error: sbatch: not found on this machine")
+    assert "sbatch 'my runs/a/launch/shipyard-a.sbatch'" in errors
+    assert written.read_text() == script
+
+    sbatch = tools / "sbatch"
+    sbatch.write_text('#!/bin/bash\necho "Submitted $1"\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    assert run_command([*command, "--out", "other.sbatch"]) == 0
+    assert "Submitted other.sbatch" in capfd.readouterr().out
+    sbatch.write_text("#!/bin/bash\necho 'invalid partition' >&2; exit 1\n")
+    assert run_command(command) == 2
+    assert "sbatch: refused my runs/a/launch/shipyard-a.sbatch: invalid partition" in capfd.readouterr().err
+
+
+def test_checked_in_scripts_set_what_generated_ones_set() -> None:
+    """One text says how ranks start; five files and six generators must not drift apart. Their recipes are there."""
+    for name in ("pretrain", "qlora", "dpo", "grpo"):
+        text = (ROOT / "launch" / f"{name}.sh").read_text()
+        assert ENVIRONMENT in text
+        found = re.search(r"RECIPE:-(\S+\.yaml)", text)
+        assert found is not None
+        assert load_recipe(ROOT / found[1]).method == {"qlora": "sft"}.get(name, name)
+        launcher = text[text.index("exec ") :].replace("launch/accelerate/nodes.yaml", '"$config"')
+        generated = CLUSTERS["local"].write(plain_job("local"))
+        assert launcher.split(" -m shipyard")[0] == generated[generated.index("exec ") :].split(" -m shipyard")[0]
+
+
+def test_scripts_for_several_machines(tmp_path: Path) -> None:
+    """NNODES, NODE_RANK, MASTER_ADDR, GPUS and overrides become Accelerate's flags; a missing address is said."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "GPUS": "4", "NNODES": "2", "NODE_RANK": "1"}
+    command = [ROOT / "launch" / "dpo.sh", "dpo.beta=0.2", "run_dir=a b"]
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "MASTER_ADDR: the address of the machine with NODE_RANK=0" in refused.stderr
+    done = subprocess.run(
+        command, env=environment | {"MASTER_ADDR": "10.0.0.1"}, capture_output=True, text=True, check=True
+    )
+    words = done.stdout.splitlines()
+    flags = shlex.split(
+        "--num_machines 2 --machine_rank 1 --num_processes 8 --main_process_ip 10.0.0.1 --main_process_port 29500"
+    )
+    assert words[words.index("--num_machines") :][: len(flags)] == flags
+    assert words[-4:] == ["train", "launch/recipes/llama3-8b-dpo.yaml", "dpo.beta=0.2", "run_dir=a b"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_files_are_what_the_code_uses(stage: int) -> None:
+    """For people who give DeepSpeed's file to Accelerate themselves: what a recipe decides is "auto", the rest ours."""
+    import torch
+    from shipyard.training.parallel import deepspeed_config
+
+    recipe = load_recipe(ROOT / "launch" / "recipes" / "llama3-8b-pretrain.yaml", [f"parallel.engine=zero{stage}"])
+    config = deepspeed_config(recipe, rounds=4)
+    config |= dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    assert config["zero_optimization"]["overlap_comm"] is torch.cuda.is_available()
+    config["zero_optimization"]["overlap_comm"] = True  # these files are for GPUs
+    path = ROOT / "launch" / "deepspeed" / f"zero{stage}.json"
+    if os.environ.get("SHIPYARD_WRITE_GOLDEN"):
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    assert json.loads(path.read_text()) == config
+
+
+def tiny_recipe(folder: Path, model: Path, rows: Path, steps: int) -> Path:
+    tree = {"method": "sft", "steps": steps, "run_dir": str(folder / "it's a run"), "data": {"train": str(rows)}}
+    tree |= {"model": {"name": str(model), "dtype": "float32"}, "batch": {"size": 8, "micro": 2}}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_local_launch_trains_on_two_ranks(tmp_path: Path, tiny_model: Path, chat_rows: Path, shipyard) -> None:
+    recipe = tiny_recipe(tmp_path, tiny_model, chat_rows, steps=2)
+    done = shipyard("launch", recipe, "optim.lr=1e-3", "--on", "local", "--gpus", "2")
+    assert "on 2 ranks (cpu)" in done.stdout
+    run = tmp_path / "it's a run"
+    assert (run / "model" / "model.safetensors").is_file()
+    assert len((run / "log.jsonl").read_text().splitlines()) == 2
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["optim"]["lr"] == 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "slurm"])
+def test_real_training_saves_on_sigterm_and_goes_on(
+    where: str, tmp_path: Path, tiny_model: Path, chat_rows: Path, shipyard
+) -> None:
+    """Two real ranks, for Slurm on two nodes: SIGTERM saves within a step, exit code 143, the same command goes on."""
+    recipe = tiny_recipe(tmp_path, tiny_model, chat_rows, steps=400)
+    nodes, gpus = ("1", "2") if where == "local" else ("2", "1")
+    arguments = ["launch", str(recipe), "--on", where, "--nodes", nodes, "--gpus", gpus]
+    cli = [sys.executable, "-m", "shipyard.launch.cli", *arguments]
+    if where == "slurm":
+        script = tmp_path / "job.sbatch"
+        script.write_text(shipyard(*arguments, "--dry-run").stdout)
+        cli = ["bash", str(script)]
+    environment = slurm_environment(tmp_path, nodes=2) | {"OMP_NUM_THREADS": "1"}
+    log = tmp_path / "it's a run" / "log.jsonl"
+    before = 0
+    for _ in range(2):
+        process = subprocess.Popen(cli, env=environment)
+        until = time.monotonic() + 200
+        while time.monotonic() < until and not (log.is_file() and len(log.read_text().splitlines()) > before + 3):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == 143
+        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) > before
+        assert (log.parent / f"step-{len(steps):06d}").is_dir()
+        before = len(steps)
