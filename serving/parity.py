@@ -29,6 +29,7 @@ from .vocabulary import end_token_ids, normalizes, read_chat_template
 
 # Mean KL allowed, in nats a position. Measured on SmolLM2-135M: see docs/LOG.md. The smallest fault seen is 5e-2.
 MODEL = "the model in fp32"
+SHORT = 24  # tokens of a text that are scored
 BUDGETS = {"f32": 1e-4, "f16": 1e-4, "bf16": 1e-3, "q8_0": 2e-2, "safetensors": 1e-6, "merge": 1e-2}
 
 
@@ -129,10 +130,15 @@ def chat_texts(tokenizer: Any) -> list[str]:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str] = TEXTS) -> list[list[int]]:
-    """Token ids of the plain texts, then of the rendered conversations, each cut to what one batch holds."""
+    """Token ids to force through a model: how each text begins, the longest text whole, the last conversation whole.
+
+    Whole texts matter to token ids, which are compared apart; here length matters, to show a fault of positions.
+    """
     plain = [tokenizer(text)["input_ids"] for text in texts]
-    chats = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in chat_texts(tokenizer)[-2:]]
-    return [ids[:MAX_SEQUENCE] for ids in plain + chats if ids]
+    longest = max(plain, key=len, default=[])
+    short = [ids if ids is longest else ids[:SHORT] for ids in plain]
+    chats = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in chat_texts(tokenizer)[-1:]]
+    return [ids[:MAX_SEQUENCE] for ids in short + chats if ids]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,8 +94,6 @@ def test_engines_that_cannot_start_say_what_to_do(tmp_path: Path, tiny: Path) ->
 @contextmanager
 def served(model: Path, engine: str) -> Iterator[openai.OpenAI]:
     """The gateway in a thread of this process, over a real engine."""
-    import threading
-
     running = start_engine(model, engine, context=256, slots=2)
     server = build_server(running, "smollm2", "127.0.0.1", 0, "secret", Limits())
     thread = threading.Thread(target=server.run)
