@@ -272,8 +272,17 @@ def attention_triton(
     padding and caches take `attention_per_document`."""
     if attention_mask is not None or query.shape[2] != key.shape[2] or dropout:
         return attention_per_document(
-            module, query, key, value, attention_mask, dropout, scaling, sliding_window, is_causal, position_ids,
-            **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            sliding_window,
+            is_causal,
+            position_ids,
+            **kwargs,
         )
     rows, heads, length, _ = query.shape
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)

@@ -218,9 +218,7 @@ def log_prob_kernel(
     found = tl.zeros([BT], COMPUTE)
     for first in range(0, vocabulary, BV):
         v = (first + tl.arange(0, BV)).to(tl.int64)
-        logits, _ = logit_tile(
-            x, weight, t, v, tokens, vocabulary, WIDTH, CAP, SOFTCAP, BT, BV, BD, PRECISION, COMPUTE
-        )
+        logits, _ = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, SOFTCAP, BT, BV, BD, PRECISION, COMPUTE)
         found += tl.sum(tl.where(target[:, None] == v[None, :], logits, 0.0), 1)
         logits = tl.where((v < vocabulary)[None, :], logits, float("-inf"))
         top_new = tl.maximum(top, tl.max(logits, 1))
