@@ -134,7 +134,7 @@ def launch(job: Job, where: Where, out: Path | None = None) -> int:
             f"start it with: {shlex.join(command)}"
         )
     if where == "local":
-        return _run_here(command)
+        return _run_here(command, job.restarts)
     print(f"{where}: {path}", flush=True)
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
@@ -143,22 +143,36 @@ def launch(job: Job, where: Where, out: Path | None = None) -> int:
     return 0
 
 
-def _run_here(command: list[str]) -> int:
-    """Run the job in the foreground. SIGTERM goes on to the ranks, which save; the exit code is then 143."""
+def _run_here(command: list[str], restarts: int) -> int:
+    """Run the job in the foreground, again after a crash. SIGTERM goes on to the ranks, which save: exit code 143."""
     received: list[int] = []
-    child = subprocess.Popen(command)
+    running: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: Any) -> None:
         if not received:  # a second one would make the launcher leave before its ranks have saved
-            child.terminate()
+            for child in running:
+                child.terminate()
         received.append(number)
 
     before = signal.signal(signal.SIGTERM, pass_on)
+    code = 1
+    try:
+        for attempt in range(restarts + 1):
+            running[:] = [subprocess.Popen(command)]
+            code = _wait(running[0])
+            if code == 0 or received:
+                break
+            if attempt < restarts:
+                print(f"local: attempt {attempt + 1} ended with exit code {code}; starting again", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 143 if received and code else code
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
     try:
         code = child.wait()
     except KeyboardInterrupt:  # the terminal has sent it to the ranks too
         child.wait()
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 143 if received and code else abs(code)
+    return code if code >= 0 else 128 - code  # as a shell counts those that a signal ended

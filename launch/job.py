@@ -67,19 +67,20 @@ def job_name(run_dir: str) -> str:
     return f"shipyard-{words}"[:40].rstrip("-")
 
 
-def accelerate(arguments: str, restarts: int = 0) -> str:
+def accelerate(arguments: str) -> str:
     """The shell lines that become this node's launcher. They read PYTHON, NNODES, GPUS (ranks on a node), NODE_RANK,
     MASTER_ADDR and MASTER_PORT. `arguments` is quoted already.
 
-    The rendezvous is static: every node is told its rank and where node 0 is, so no host name is guessed. A restart by
-    the launcher itself is for one node alone; of many, all must start again, which is their cluster's work.
+    The rendezvous is static: every node is told its rank and where node 0 is, so no host name is guessed. The launcher
+    itself restarts nothing: of many nodes all must start again together, and even on one its second ranks find the
+    first ones' addresses in its store and fail (torch 2.13, gloo). Whoever started the launcher starts it afresh.
     """
     return f"""\
 config=$("$PYTHON" -c 'import shipyard; print(shipyard.__path__[0])')/launch/accelerate/nodes.yaml
 exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" \\
     --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes "$((NNODES * GPUS))" \\
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \\
-    --rdzv_conf timeout={JOIN_S} --max_restarts {restarts} \\
+    --rdzv_conf timeout={JOIN_S} --max_restarts 0 \\
     -m shipyard.launch.cli train {arguments}
 """
 
@@ -95,4 +96,4 @@ PYTHON={shlex.quote(job.python)}
 NNODES=1 NODE_RANK=0 GPUS={job.gpus} MASTER_ADDR=127.0.0.1 MASTER_PORT=0 # 0: a free port
 
 {ENVIRONMENT}
-{accelerate(job.here(), job.restarts)}"""
+{accelerate(job.here())}"""

@@ -82,7 +82,10 @@ def run_on_nodes(nodes: int, gpus: int, restarts: int, script: str) -> int:
     for _ in range(restarts + 1):
         # All nodes or none, each bundle on a node of its own.
         group = placement_group([{unit: gpus}] * nodes, strategy="STRICT_SPREAD")
-        ray.get(group.ready())
+        ready = group.ready()
+        while not ray.wait([ready], timeout=1)[0]:
+            if stopped:
+                return 143
         share = {"num_gpus": gpus, "num_cpus": 0} if unit == "GPU" else {"num_cpus": gpus}
         actors[:] = [
             ray.remote(Node)
