@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cluster_jobs import ROOT, plain_job, slurm_environment
 from shipyard.launch.cli import run_command
-from shipyard.launch.cluster import CLUSTERS
+from shipyard.launch.cluster import CLUSTERS, launch
 from shipyard.launch.job import ENVIRONMENT, Job
 from shipyard.training.recipe import load_recipe
 
@@ -23,7 +23,7 @@ LAUNCHER = """#!/bin/bash
 if [ "$1" = -c ]; then echo /package; exit; fi
 trap 'sleep 0.3; echo saved >>"$NOTES"; exit 1' TERM
 while [ "$1" != --machine_rank ]; do shift; done
-echo "rank $2 of $NNODES at $MASTER_ADDR:$MASTER_PORT" >>"$NOTES"
+echo "rank $2 of ${NNODES:-1} at ${MASTER_ADDR:-}:${MASTER_PORT:-}" >>"$NOTES"
 if [ -n "${ENDS:-}" ]; then exit "$ENDS"; fi
 while :; do sleep 0.05; done
 """
@@ -66,6 +66,21 @@ def test_slurm_crash_starts_again_on_another_port(
     assert sorted(line.split()[1] for line in lines) == sorted(["0", "1"] * attempts)
     assert len({line.rpartition(":")[2] for line in lines}) == attempts
     assert not (tmp_path / "scontrol.log").exists()
+
+
+def test_local_crash_starts_again(slurm_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    _, environment, notes = slurm_job
+    for name in ("NOTES", "PATH"):
+        monkeypatch.setenv(name, environment[name])
+    changes = {"python": str(tmp_path / "python"), "folder": tmp_path, "restarts": 2}
+    job = Job(**{**vars(plain_job("local")), **changes})
+    monkeypatch.setenv("ENDS", "5")
+    assert launch(job, "local", tmp_path / "local.sh") == 5
+    assert notes.read_text().count("rank 0 of 1") == 3
+    assert capfd.readouterr().err.count("starting again") == 2
+    monkeypatch.setenv("ENDS", "0")
+    assert launch(job, "local", tmp_path / "local.sh") == 0
+    assert notes.read_text().count("rank 0 of 1") == 4
 
 
 RECIPE = str(ROOT / "launch" / "recipes" / "llama3-8b-qlora.yaml")
