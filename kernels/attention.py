@@ -63,7 +63,11 @@ def _half_tile(arch: str, part: str, wide: int) -> Tile:
     if part == "keys":
         if wide <= 64:
             return Tile(64, 128, 8, 2)
-        return Tile(32, 128, 8, 2) if big and wide <= 128 else Tile(64 if wide <= 128 else 32, 64, 8, 1)
+        if big and wide <= 128:
+            return Tile(32, 128, 8, 2)
+        if wide in (80, 96):  # two-part tiles: eight warps spill
+            return Tile(32, 64, 4, 1)
+        return Tile(64 if wide <= 128 else 32, 64, 8, 1)
     return Tile(128, 64, 8, 2) if big and wide <= 128 else Tile(64, 64 if wide <= 128 else 32, 4, 1)
 
 
