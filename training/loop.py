@@ -87,7 +87,8 @@ def _steps(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: S
             seconds = time.perf_counter() - began
             stop = values.pop("asked_to_stop") > 0
             rate = values["tokens"] / seconds
-            speed = {"tokens_per_s": rate, "mfu": rate * flops / peak, "memory_gib": memory_gib(ranks.device)}
+            mfu = values.pop("computed") / seconds * flops / peak
+            speed = {"tokens_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(ranks.device)}
             log.step(step + 1, {**values, **speed, "seconds": seconds})
             advance()
             last = step + 1 == todo.stop
@@ -108,8 +109,9 @@ def run_step(
     ranks, batch = engine.ranks, recipe.batch
     items = method.batch(step)
     totals = method.totals(items)
+    useful = method.useful(items)
     parts: dict[str, float] = {}
-    micro_batches = share(method.useful(items), batch.size, batch.micro, ranks.world_size, ranks.rank)
+    micro_batches = share(useful, batch.size, batch.micro, ranks.world_size, ranks.rank)
     for number, micro_items in enumerate(micro_batches):
         with engine.micro_batch(last=number == len(micro_batches) - 1):
             loss, numbers = method.loss(engine.model, micro_items, totals)
@@ -124,6 +126,9 @@ def run_step(
     lr = learning_rate(recipe.optim, step, steps)
     norm = engine.step(lr)
     counts = {"tokens": totals["tokens"], "supervised": totals["supervised"]}
+    counts["computed"] = method.totals(useful)[
+        "tokens"
+    ]  # what the forward passes saw: rollouts without use are not run
     return {"loss": values.pop("loss"), "lr": lr, "grad_norm": norm, **values, **method.summary(items), **counts}
 
 
