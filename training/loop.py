@@ -128,7 +128,7 @@ def run_step(
     counts = {"tokens": totals["tokens"], "supervised": totals["supervised"]}
     counts["computed"] = method.totals(useful)[
         "tokens"
-    ]  # what the forward passes saw: rollouts without use are not run
+    ]  # rollouts without use are not run
     return {"loss": values.pop("loss"), "lr": lr, "grad_norm": norm, **values, **method.summary(items), **counts}
 
 
