@@ -58,6 +58,8 @@ def _half_tile(arch: str, part: str, wide: int) -> Tile:
         if wide <= 128:
             if arch == "sm_100" and wide > 64:  # 128 keys spill here
                 return Tile(128, 64, 8, 2)
+            if arch in ("sm_89", "sm_120") and wide > 64:  # as above, of 64 keys with 128 queries
+                return Tile(64, 64, 4, 2)
             return Tile(128, 128, 8, 2) if big else Tile(128, 64, 4 if wide <= 64 else 8, 2)
         return Tile(128, 64, 8, 2) if big else Tile(64, 32, 4, 2)
     if part == "keys":

@@ -89,9 +89,8 @@ def key_bounds(m0, key_length, offset, window, BM: tl.constexpr, BN: tl.constexp
 @jit
 def query_bounds(n0, query_length, offset, window, BM: tl.constexpr, BN: tl.constexpr,
                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """Query ranges of one tile of keys: the diagonal [low, diagonal), the unmasked [plain,
-    plain_end) and what meets the
-    window's edge or passes the last query [edge, high)."""
+    """Query ranges of one tile of keys: the diagonal [low, diagonal), the unmasked [plain, plain_end) and
+    what meets the window's edge or passes the last query [edge, high)."""
     low, plain, high = 0, 0, query_length
     plain_end = query_length // BM * BM
     if WINDOW:
