@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .charts import Bar, interval_chart, line_chart
-from .metrics import Comparison, compare, mean_interval
+from .metrics import Estimate, compare, mean_interval
 from .tasks import Result
 
 PACKAGES = ("shipyard-llm", "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "deepspeed", "gguf",
@@ -114,7 +114,7 @@ def verdict(before: Result, after: Result) -> str:
     else:
         sentence = f"did not improve beyond chance, {numbers}."
     if before.margins and after.margins:
-        margin = mean_interval([new - old for old, new in zip(before.margins, after.margins, strict=True)])
+        margin = _margin(before, after)
         share = sum(new > old for old, new in zip(before.margins, after.margins, strict=True)) / after.n
         sign = "above" if margin.low > 0 else "below" if margin.high < 0 else "not distinguishable from"
         sentence += (
@@ -147,19 +147,27 @@ def _groups(results: Sequence[Result]) -> list[list[Result]]:
 def _verdicts(groups: Sequence[Sequence[Result]]) -> str:
     items = []
     for before, after in (pair for group in groups for pair in pairwise(group)):
-        tag = _verdict_tag(compare(before.scores, after.scores))
+        tag = _verdict_tag(before, after)
         what = f"<b>{escape(after.suite)}</b>, {escape(after.metric)}"
         who = f"<i>{escape(after.stage)}</i> against <i>{escape(before.stage)}</i>"
         items.append(f"<li>{tag} {what}: {who} {escape(verdict(before, after))}</li>")
     return f"<ul>{''.join(items)}</ul>" if items else ""
 
 
-def _verdict_tag(comparison: Comparison) -> str:
-    if comparison.improved:
-        return "<span class='tag good'>▲ better</span>"
+def _verdict_tag(before: Result, after: Result) -> str:
+    comparison = compare(before.scores, after.scores)
     if comparison.worsened:
         return "<span class='tag bad'>▼ worse</span>"
+    if comparison.improved:
+        return "<span class='tag good'>▲ better</span>"
+    if before.margins and after.margins and _margin(before, after).low > 0:
+        return "<span class='tag good'>▲ margin only</span>"
     return "<span class=tag>no change shown</span>"
+
+
+def _margin(before: Result, after: Result) -> Estimate:
+    """How much more the model after prefers the chosen replies than the model before, in nats a pair."""
+    return mean_interval([new - old for old, new in zip(before.margins, after.margins, strict=True)])
 
 
 def _figures(groups: Sequence[Sequence[Result]]) -> str:

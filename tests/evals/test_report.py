@@ -67,13 +67,17 @@ def test_report_holds_everything_and_nothing_from_elsewhere(tmp_path: Path):
     ]
     path = write_report(
         tmp_path / "report.html", "A <run>", {"SFT": log, "DPO": tmp_path / "missing.jsonl"},
-        [result("before", 50), result("after", 80), result("only", 5, suite="alone")],
+        [
+            result("before", 50), result("after", 80), result("only", 5, suite="alone"),
+            result("sft", 50, suite="pairs", margins=(0.0, 1.0) * 50),
+            result("dpo", 51, suite="pairs", margins=(2.0, 2.0) * 50),
+        ],
         certificates, {"SFT": 75.0, "export": 50.0}, {"SFT": "method: sft\n"},
     )  # fmt: skip
     text = path.read_text()
     page = Page(text)
     for words in ("A <run>", "improved, from 50.0% to 80.0%", "KL <too> big", "✓ passed", "✗ failed", "2 min 05 s",
-                  "method: sft", "no steps logged", "torch", "loss 2 → 0.25"):  # fmt: skip
+                  "method: sft", "no steps logged", "torch", "▲ margin only", "loss 2 → 0.25"):  # fmt: skip
         assert words in page.words, words
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe"}
     assert not [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
