@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("training", "kernels", "launch", "serving", "evals")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-LONG_FUNCTIONS = {("training/loop.py", "train"): 120}
+LONG_FUNCTIONS = {("training/loop.py", "train"): 120, ("kernels/attention_tiles.py", "attention_kernel"): 64}
 RESOURCES = ("launch/assets.yaml", "launch/recipes/*.yaml", "launch/shapes/*.json", "launch/accelerate/*.yaml")
 
 
@@ -56,10 +56,17 @@ def test_files_are_short() -> None:
 
 
 def _functions(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield each function with the lines of its body: a kernel's signature alone may take twenty."""
+    """Yield each function with the lines of its body. A kernel's signature alone may take twenty, and a page or a batch
+    script written out as one string is text, not code: both are left out."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
-            yield node.name, node.end_lineno - node.body[0].lineno + 1
+            yield node.name, node.end_lineno - node.body[0].lineno + 1 - _lines_of_text(node)
+
+
+def _lines_of_text(function: ast.AST) -> int:
+    returned = (node.value for node in ast.walk(function) if isinstance(node, ast.Return))
+    texts = (value for value in returned if isinstance(value, ast.JoinedStr | ast.Constant))
+    return sum((text.end_lineno or text.lineno) - text.lineno for text in texts)
 
 
 def test_functions_are_short() -> None:
