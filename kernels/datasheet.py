@@ -68,7 +68,8 @@ def compile_kernel(kernel: Any, arch: str, constants: dict[str, Any], types: dic
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     # what the JIT would find: torch allocations are 256-byte aligned, strides and widths multiples of 16
-    aligned = [n for n in names if signature[n].startswith("*") or n.endswith(("_t", "_h", "_b"))]
+    multiples = ("_t", "_h", "_b", "count", "stride", "vocabulary")
+    aligned = [n for n in names if signature[n].startswith("*") or n.endswith(multiples)]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n not in constants and n != "lse_h"}
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
