@@ -1,7 +1,7 @@
 """Plugs the kernels into a transformers model, and takes them out again.
 
-`plug(model)` is the one call. On a GPU it puts in the Triton kernels; on a machine without one the same call gives the
-PyTorch path, in which a packed row costs one SDPA call per document instead of a T x T block mask.
+`plug(model)` is the one call. It gives the PyTorch path, in which a packed row costs one SDPA call per document instead
+of a T x T block mask, or on a GPU, where asked for, the Triton kernels.
 
 Shape suffixes: B rows, T tokens, H query heads, G key/value heads, D head width, E value width.
 """
@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import WIDTHS, flash_attention
-from .jit import HAS_TRITON, need_triton
+from .jit import need_triton
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import rms_norm
 from .rope import rope
@@ -50,8 +50,10 @@ class Plug:
 def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto") -> Plug:
     """Puts the kernels into `model` (also when PEFT wraps it), in place. Same numbers, less time and memory.
 
-    `auto` takes Triton where the weights are on a GPU and the PyTorch path elsewhere; a model type that is not in
-    `MODEL_TYPES` is left as it is under `auto` (the Plug then has no parts) and is an error when a path was asked for.
+    `triton` needs the weights on a GPU. `auto` is the PyTorch path everywhere for now: the Triton kernels are proven in
+    the interpreter and by their machine code, but no card has run them yet, and a training run must not be the first.
+    A model type that is not in `MODEL_TYPES` is left as it is under `auto` (the Plug then has no parts) and is an error
+    when a path was asked for.
     """
     if kernels not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels: {kernels!r}, must be auto, torch or triton")
@@ -65,8 +67,7 @@ def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "
     weight = next(base.parameters())
     if kernels == "triton":
         need_triton(weight)
-    on_gpu = kernels == "auto" and weight.is_cuda and HAS_TRITON
-    plugged = Plug("triton" if kernels == "triton" or on_gpu else "torch", ())
+    plugged = Plug("triton" if kernels == "triton" else "torch", ())
     _plug_attention(base, plugged)
     if plugged.path == "triton":
         _plug_rope(base, plugged)

@@ -54,6 +54,8 @@ def train(recipe: Recipe) -> Path:
     tokenizer = load_tokenizer(recipe.model)
     data = load_dataset(recipe, tokenizer, run_dir) if recipe.method != "grpo" else None
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
+    if recipe.model.kernels == "triton":
+        model.to(ranks.device)  # pyright: ignore[reportArgumentType]
     plug(model, recipe.model.kernels)
     if recipe.lora.rank:
         model = add_adapters(model, recipe.lora, recipe.seed)
@@ -126,9 +128,7 @@ def run_step(
     lr = learning_rate(recipe.optim, step, steps)
     norm = engine.step(lr)
     counts = {"tokens": totals["tokens"], "supervised": totals["supervised"]}
-    counts["computed"] = method.totals(useful)[
-        "tokens"
-    ]  # rollouts without use are not run
+    counts["computed"] = method.totals(useful)["tokens"]  # rollouts without use are not run
     return {"loss": values.pop("loss"), "lr": lr, "grad_norm": norm, **values, **method.summary(items), **counts}
 
 

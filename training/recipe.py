@@ -29,8 +29,10 @@ class Section(BaseModel):
 
 class Model(Section):
     name: str = Field(description="directory, hub name, asset:NAME, or the run directory of an earlier stage")
-    shape: str | None = Field(None, description="config JSON of launch/shapes: plans offline, or starts from scratch")
-    tokenizer: str | None = Field(None, description="where the tokenizer is, if not with the model")
+    shape: str | None = Field(
+        default=None, description="config JSON of launch/shapes: plans offline, or starts from scratch"
+    )
+    tokenizer: str | None = Field(default=None, description="where the tokenizer is, if not with the model")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantize: Literal["none", "nf4"] = "none"
     kernels: Literal["auto", "torch", "triton"] = "auto"
@@ -38,34 +40,38 @@ class Model(Section):
 
 
 class Lora(Section):
-    rank: CountInt = Field(0, description="0 trains every weight")
+    rank: CountInt = Field(default=0, description="0 trains every weight")
     alpha: PositiveFloat = 16.0
     targets: Literal["all-linear", "attention"] = "all-linear"
 
 
 class Data(Section):
     train: str = Field(description="file, directory, hub name, asset:NAME or task:NAME (reasoning-gym)")
-    validation: str | None = Field(None, description="like train; without it, validation_rows are held out of train")
+    validation: str | None = Field(
+        default=None, description="like train; without it, validation_rows are held out of train"
+    )
     validation_rows: CountInt = 0
-    train_rows: CountInt = Field(0, description="use so many rows (chosen by the seed); 0 uses all")
+    train_rows: CountInt = Field(default=0, description="use so many rows (chosen by the seed); 0 uses all")
     split: str = "train"
-    where: Mapping[str, str] | None = Field(None, description="use only rows whose columns hold these values")
+    where: Mapping[str, str] | None = Field(default=None, description="use only rows whose columns hold these values")
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "preference", "text", "task"] = (
         "auto"
     )
-    system: str | None = Field(None, description="system turn put before every conversation that has none")
-    prompt: str | None = Field(None, description="str.format template over the row's columns")
-    completion: str | None = Field(None, description="str.format template over the row's columns")
-    labels: Mapping[str, str] | None = Field(None, description="replaces the whole completion: value -> text")
+    system: str | None = Field(default=None, description="system turn put before every conversation that has none")
+    prompt: str | None = Field(default=None, description="str.format template over the row's columns")
+    completion: str | None = Field(default=None, description="str.format template over the row's columns")
+    labels: Mapping[str, str] | None = Field(default=None, description="replaces the whole completion: value -> text")
     max_tokens: PositiveInt = 2048
     on_bad_row: Literal["stop", "quarantine"] = "stop"
     on_long_row: Literal["stop", "quarantine", "truncate"] = "stop"
 
 
 class Batch(Section):
-    size: PositiveInt = Field(16, description="samples in one global optimizer step, whatever the number of ranks")
-    micro: PositiveInt = Field(4, description="samples in one forward pass on one rank")
-    packing: bool = Field(True, description="one row without padding, documents kept apart by position ids")
+    size: PositiveInt = Field(
+        default=16, description="samples in one global optimizer step, whatever the number of ranks"
+    )
+    micro: PositiveInt = Field(default=4, description="samples in one forward pass on one rank")
+    packing: bool = Field(default=True, description="one row without padding, documents kept apart by position ids")
 
 
 class Optim(Section):
@@ -82,37 +88,41 @@ class Optim(Section):
 
 class Parallel(Section):
     engine: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
-    offload: Literal["none", "cpu"] = Field("none", description="where ZeRO keeps optimizer state (and ZeRO-3 weights)")
+    offload: Literal["none", "cpu"] = Field(
+        default="none", description="where ZeRO keeps optimizer state (and ZeRO-3 weights)"
+    )
     timeout_s: PositiveInt = 1800
 
 
 class Checkpoints(Section):
-    every_steps: CountInt = Field(0, description="0 saves at the end only")
+    every_steps: CountInt = Field(default=0, description="0 saves at the end only")
     keep_last: PositiveInt = 2
 
 
 class Log(Section):
     every_steps: PositiveInt = 1
     tensorboard: bool = False
-    wandb: str | None = Field(None, description="project name; needs the wandb package and a login")
+    wandb: str | None = Field(default=None, description="project name; needs the wandb package and a login")
 
 
 class Dpo(Section):
     beta: PositiveFloat = 0.1
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    sft_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="adds the chosen reply's NLL per global token")
+    sft_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="adds the chosen reply's NLL per global token"
+    )
 
 
 class Grpo(Section):
     group_size: Annotated[int, Field(ge=2)] = 8
     max_new_tokens: PositiveInt = 64
     temperature: PositiveFloat = 1.0
-    beta: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the KL term against the reference")
+    beta: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight of the KL term against the reference")
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
-    inner_steps: PositiveInt = Field(1, description="optimizer steps on one set of rollouts")
-    scale_rewards: bool = Field(True, description="divide advantages by the group's standard deviation")
+    inner_steps: PositiveInt = Field(default=1, description="optimizer steps on one set of rollouts")
+    scale_rewards: bool = Field(default=True, description="divide advantages by the group's standard deviation")
     task_options: Mapping[str, Any] = Field(default_factory=dict, description="options of the reasoning-gym task")
 
 

@@ -44,7 +44,8 @@ for name in NAMES:
     importlib.import_module(f"shipyard.kernels.{name}")
 """
     names = sorted(path.stem for path in (Path(__file__).parents[2] / "kernels").glob("*.py"))
-    names = [name for name in names if name not in ("interpreter", "datasheet", "datasheet_page")]  # these are about Triton itself
+    about_triton = ("interpreter", "datasheet", "datasheet_page")
+    names = [name for name in names if name not in about_triton]
     code = f"import importlib\nNAMES = {names}\n" + code
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
