@@ -1,8 +1,9 @@
 # make demo   set up, and run the whole product on a real 135M Llama
 # make test   set up, and run the tests
+# make test-kernels  every kernel, dtype and architecture
 # make check  lint and type-check
 # make env    set up only: .venv with everything the demo needs
-.PHONY: demo test test-slow check env env-dev clean
+.PHONY: demo test test-kernels test-slow check env env-dev clean
 .DEFAULT_GOAL := help
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -23,6 +24,9 @@ demo: env
 
 test: env-dev
 	.venv/bin/python -m pytest
+
+test-kernels: env-dev
+	.venv/bin/python -m pytest -m kernels_full tests/kernels
 
 test-slow: env-dev
 	.venv/bin/python -m pytest -m slow
