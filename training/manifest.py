@@ -96,12 +96,18 @@ def new_directory(path: Path, about: dict[str, Any]) -> Iterator[Path]:
         scratch.rename(path)
         fsync_path(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _disk_is_full(error):
             raise ValueError(f"disk: no space left while writing {path}; free some, or set another run_dir") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """safetensors reports a full disk in an exception of its own, with the kernel's number in its text."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from shipyard.training.manifest import MANIFEST, new_directory, verify
 
@@ -152,6 +153,14 @@ def test_a_full_disk_leaves_the_old_directory_and_one_clear_line(tmp_path: Path)
     assert "disk: no space left" in done.stderr
     assert verify(target).digest == before
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_full_disk_under_safetensors_is_named_too(tmp_path: Path) -> None:
+    """Its exception is no OSError; this is the text that a full file system gave."""
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(ValueError, match="disk: no space left"), new_directory(tmp_path / "run", {}):
+        raise SafetensorError(text)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_directory_does_not_count(tmp_path: Path) -> None:
