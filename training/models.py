@@ -20,7 +20,6 @@ from transformers import (
 from . import recipe as recipes
 
 SCRATCH = "scratch"
-SHAPES = Path(__file__).parent.parent / "launch" / "shapes"
 
 
 def locate(name: str) -> str:
@@ -46,11 +45,13 @@ def locate(name: str) -> str:
 
 def shape_config(shape: str) -> dict[str, Any]:
     """Read a model shape: a name in launch/shapes, or a path to a config.json."""
-    path = SHAPES / f"{shape}.json" if not shape.endswith(".json") else Path(shape)
-    if not path.is_file():
-        known = ", ".join(sorted(item.stem for item in SHAPES.glob("*.json")))
-        raise ValueError(f"model.shape: {shape!r} is not there; choose one of {known}, or give a config.json")
-    return json.loads(path.read_text(encoding="utf-8"))
+    from ..launch.memory import read_shape
+
+    if not shape.endswith(".json"):
+        return read_shape(shape)
+    if not Path(shape).is_file():
+        raise ValueError(f"model.shape: {shape!r} does not exist; give a config.json, or a name of launch/shapes")
+    return json.loads(Path(shape).read_text(encoding="utf-8"))
 
 
 def load_tokenizer(model: recipes.Model) -> PreTrainedTokenizerBase:
