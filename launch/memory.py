@@ -118,7 +118,7 @@ def _activations(recipe: Recipe, config: Shape, width: int) -> float:
     if recipe.lora.rank:
         adapted = [pair for name, pair in sizes.items() if recipe.lora.targets == "all-linear" or name in ATTENTION]
         block += 4 * (sum(inputs for inputs, _ in adapted) + recipe.lora.rank * len(adapted))
-    if recipe.model.activation_checkpointing:
+    if recipe.model.activation_checkpointing == "full":
         return tokens * (layers * hidden * width + block)
     return tokens * layers * block
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .engine import Engine
 from .manifest import Manifest, new_directory, verify
-from .parallel import Engine
 
 STEP_DIRECTORY = re.compile(r"step-(\d{6,})")
 PARTS = ("value", "exp_avg", "exp_avg_sq")

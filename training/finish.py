@@ -1,17 +1,16 @@
 """The end of a run: the adapter, the whole merged model, and the certificate that the merge says what was trained."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from .engine import Engine
 from .log import StepLog
 from .lora import merge
 from .manifest import Manifest, new_directory, verify
 from .models import SCRATCH, locate
-from .parallel import Engine, ZeroEngine
 from .recipe import Recipe
 
 
@@ -28,7 +27,7 @@ def finish(recipe: Recipe, engine: Engine, tokenizer: Any, run_dir: Path, identi
 
     Raises ValueError when the merged model does not say what the trained one said; nothing is committed then.
     """
-    with _whole_weights(engine):
+    with engine.whole_weights():
         if engine.ranks.first:
             _write(recipe, engine, tokenizer, run_dir, identity, log)
     engine.ranks.wait()
@@ -71,17 +70,6 @@ def _parent_digest(source: str | None) -> str | None:
     if source is None or not (Path(source) / "manifest.json").is_file():
         return None
     return verify(Path(source)).digest
-
-
-@contextlib.contextmanager
-def _whole_weights(engine: Engine):
-    """ZeRO-3 scatters weights over ranks; gather them while the block runs."""
-    with contextlib.ExitStack() as stack:
-        if isinstance(engine, ZeroEngine) and engine.stage == 3:
-            import deepspeed
-
-            stack.enter_context(deepspeed.zero.GatheredParameters(list(engine.module.parameters())))
-        yield
 
 
 def _size(directory: Path) -> int:

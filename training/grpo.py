@@ -16,7 +16,7 @@ from .batches import collate
 from .chat import ChatEncoder
 from .loss import clipped_policy_loss, kl_to_reference, target_log_probs
 from .method import Method, device_of
-from .parallel import Ranks
+from .ranks import Ranks
 from .recipe import Recipe
 from .reference import Reference
 from .rollout import generate

@@ -20,6 +20,7 @@ from . import checkpoint, finish
 from .batches import share, steps_per_epoch
 from .dataset import Dataset, Pair, Sample, load_dataset
 from .dpo import PreferenceTuning
+from .engine import Engine
 from .grpo import GroupRelativeTuning
 from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
 from .lora import add_adapters
@@ -27,7 +28,8 @@ from .manifest import Manifest
 from .method import Method
 from .models import load_model, load_tokenizer
 from .optim import build_optimizer, learning_rate
-from .parallel import Engine, Ranks, build_engine, start
+from .parallel import build_engine
+from .ranks import Ranks, start
 from .recipe import Recipe, dump_recipe
 from .reference import Reference
 from .sft import SupervisedTuning
@@ -59,7 +61,7 @@ def train(recipe: Recipe) -> Path:
     plug(model, recipe.model.kernels)
     if recipe.lora.rank:
         model = add_adapters(model, recipe.lora, recipe.seed)
-    if recipe.model.activation_checkpointing:
+    if recipe.model.activation_checkpointing != "none":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     needs_reference = recipe.method == "dpo" or (recipe.method == "grpo" and recipe.grpo.beta > 0)

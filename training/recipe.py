@@ -36,7 +36,13 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantize: Literal["none", "nf4"] = "none"
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none", description="selective keeps matrix products and recomputes the rest"
+    )
+    compile: bool = Field(default=False, description="torch.compile, block by block")
+    float8: bool = Field(default=False, description="linear layers in float8; needs an H100 or newer")
+    init: Literal["scaled", "mup"] = Field(default="scaled", description="how a model from scratch is initialised")
+    mup_base_width: PositiveInt = Field(default=256, description="hidden size that optim.lr was tuned at (muP)")
 
 
 class Lora(Section):
@@ -46,7 +52,7 @@ class Lora(Section):
 
 
 class Data(Section):
-    train: str = Field(description="file, directory, hub name, asset:NAME or task:NAME (reasoning-gym)")
+    train: str = Field(default="", description="file, directory, hub name, asset:NAME or task:NAME (reasoning-gym)")
     validation: str | None = Field(
         default=None, description="like train; without it, validation_rows are held out of train"
     )
@@ -64,6 +70,15 @@ class Data(Section):
     max_tokens: PositiveInt = 2048
     on_bad_row: Literal["stop", "quarantine"] = "stop"
     on_long_row: Literal["stop", "quarantine", "truncate"] = "stop"
+    tokens: str | None = Field(
+        default=None, description="directory of token shards: `shipyard data build` writes it, method pretrain reads it"
+    )
+    mixture: Mapping[str, PositiveFloat] | None = Field(
+        default=None, description="sources and their weights, in place of train (method pretrain)"
+    )
+    validation_fraction: Fraction = Field(default=0.0, description="documents held out of token shards, by their hash")
+    near_duplicates: Fraction = Field(default=0.0, description="drop documents this similar (MinHash); 0 keeps them")
+    decontaminate: tuple[str, ...] = Field(default=(), description="sources whose 13-grams no document may hold")
 
 
 class Batch(Section):
@@ -75,19 +90,24 @@ class Batch(Section):
 
 
 class Optim(Section):
+    name: Literal["adamw", "muon"] = Field(default="adamw", description="muon: hidden matrices only, the rest AdamW")
     lr: PositiveFloat = 2e-4
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: CountInt = 0
+    decay_fraction: Fraction = Field(default=0.2, description="last part of the run in which wsd decays")
     final_lr_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
+    z_loss: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight of log(Z)^2 per token")
 
 
 class Parallel(Section):
-    engine: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
+    engine: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"] = "ddp"
+    tensor: PositiveInt = Field(default=1, description="ranks that share each layer (tensor parallel)")
+    context: PositiveInt = Field(default=1, description="ranks that share each sequence (context parallel)")
     offload: Literal["none", "cpu"] = Field(
         default="none", description="where ZeRO keeps optimizer state (and ZeRO-3 weights)"
     )
@@ -97,6 +117,18 @@ class Parallel(Section):
 class Checkpoints(Section):
     every_steps: CountInt = Field(default=0, description="0 saves at the end only")
     keep_last: PositiveInt = 2
+    keep_every: CountInt = Field(default=0, description="also keep every checkpoint whose step is a multiple; 0 none")
+    background: bool = Field(default=True, description="write while training goes on")
+
+
+class Health(Section):
+    on_bad_step: Literal["stop", "skip", "rewind"] = Field(
+        default="stop", description="when a loss or gradient is not finite, or a spike; weights stay untouched"
+    )
+    spike_factor: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="a gradient norm beyond so many medians of the last 32 steps is a bad step; 0 off"
+    )
+    heartbeat_s: CountInt = Field(default=300, description="a rank silent for so long ends the job by name; 0 off")
 
 
 class Log(Section):
@@ -135,6 +167,9 @@ class Recipe(Section):
     steps: PositiveInt | None = None
     epochs: PositiveInt | None = None
     resume: Literal["auto", "never"] = "auto"
+    deterministic: Literal["off", "elastic"] = Field(
+        default="off", description="elastic: the same bits on any number of ranks (powers of two), at a price"
+    )
     model: Model
     lora: Lora = Lora()
     data: Data
@@ -142,6 +177,7 @@ class Recipe(Section):
     optim: Optim = Optim()
     parallel: Parallel = Parallel()
     checkpoints: Checkpoints = Checkpoints()
+    health: Health = Health()
     log: Log = Log()
     dpo: Dpo = Dpo()
     grpo: Grpo = Grpo()
@@ -150,6 +186,14 @@ class Recipe(Section):
     def _combinations(self) -> "Recipe":
         rules = (
             ((self.steps is None) == (self.epochs is None), "steps: give exactly one of `steps` and `epochs`"),
+            (
+                (self.data.train == "") == (self.data.mixture is None),
+                "data.train: give exactly one of `data.train` and `data.mixture` (sources and their weights)",
+            ),
+            (
+                (self.data.mixture is not None or self.data.tokens is not None) and self.method != "pretrain",
+                "data.tokens: token shards and mixtures are for method pretrain; give rows in data.train",
+            ),
             (
                 self.model.quantize == "nf4" and self.lora.rank == 0,
                 "model.quantize: nf4 weights are frozen, so there is nothing to train; set lora.rank (16, say)",
@@ -189,7 +233,7 @@ class Recipe(Section):
         return self
 
 
-MAPPINGS = ("data.labels", "data.where", "grpo.task_options")
+MAPPINGS = ("data.labels", "data.where", "data.mixture", "grpo.task_options")
 """Knobs that hold free keys of their own."""
 
 

@@ -179,7 +179,7 @@ def test_scripts_for_several_machines(tmp_path: Path) -> None:
 def test_deepspeed_files_are_what_the_code_uses(stage: int) -> None:
     """For people who give DeepSpeed's file to Accelerate themselves: what a recipe decides is "auto", the rest ours."""
     import torch
-    from shipyard.training.parallel import deepspeed_config
+    from shipyard.training.zero import deepspeed_config
 
     recipe = load_recipe(ROOT / "launch" / "recipes" / "llama3-8b-pretrain.yaml", [f"parallel.engine=zero{stage}"])
     config = deepspeed_config(recipe, rounds=4)

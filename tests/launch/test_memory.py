@@ -50,7 +50,7 @@ def test_sizes_follow_the_recipe() -> None:
     qlora = _table(model__quantize="nf4", lora__rank=16)
     assert 5.5e9 < qlora["weights"] < 6e9
     assert qlora["gradients"] < 0.2e9
-    checkpointed = _table(model__activation_checkpointing=True)
+    checkpointed = _table(model__activation_checkpointing="full")
     assert checkpointed["activations"] < full["activations"] / 10
     assert "optimizer (host)" in _table(parallel__engine="zero2", parallel__offload="cpu")
 

@@ -68,7 +68,7 @@ def test_micro_batches_padding_and_checkpointing_do_not_matter(one_rank, tmp_pat
     from shipyard.training.recipe import load_recipe
 
     recipe, reference = one_rank
-    for number, cut in enumerate((["batch.micro=8"], ["batch.packing=false", "model.activation_checkpointing=true"])):
+    for number, cut in enumerate((["batch.micro=8"], ["batch.packing=false", "model.activation_checkpointing=full"])):
         run = tmp_path / str(number)
         train(load_recipe(recipe, [f"run_dir={run}", *cut]))
         assert_same(run, reference)
