@@ -69,7 +69,7 @@ def describe(
         (gpus < 1, f"gpus: {gpus}, every node runs at least one rank; give --gpus 1 or more"),
         (
             where == "local" and nodes > 1,
-            f"nodes: {nodes}, this machine is one; start launch/pretrain.sh on each with NNODES and NODE_RANK, "
+            f"nodes: {nodes}, this machine is one; start launch/ranks.sh on each with NNODES and NODE_RANK, "
             "or give --on slurm, kubernetes, skypilot or ray",
         ),
         (
