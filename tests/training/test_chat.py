@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 SMOLLM2, LLAMA3, DEEPSEEK, QWEN3, MISTRAL = NAMES
 GOLDEN = Path(__file__).parent.parent / "golden"
 SPELLED = (
-    "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|begin_of_text|>", "<｜User｜>", "<｜end▁of▁sentence｜>", "</s>", "<s>",
-    "[/INST]", "[TOOL_CALLS]", "<tool_call>", "<tool_response>", "<|endoftext|>", "<｜begin▁of▁sentence｜>",
+    "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|begin_of_text|>", "<｜User｜>", "<｜end▁of▁sentence｜>", "</s>",
+    "<s>", "[/INST]", "[TOOL_CALLS]", "<tool_call>", "<tool_response>", "<|endoftext|>", "<｜begin▁of▁sentence｜>",
 )  # fmt: skip
 some = settings(
     max_examples=15,
