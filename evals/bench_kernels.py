@@ -7,6 +7,7 @@ Times are medians of `triton.testing.do_bench` in milliseconds, at Llama 3 8B's 
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,13 +162,15 @@ def markdown(rows: list[Timing]) -> str:
     return "\n".join([card, "", *head, *body])
 
 
-def main() -> None:
-    """Prints the table, or why there is none."""
+def bench_kernels(out: Path | None = None) -> str:
+    """The table, also written to `out`; or one sentence that says why there is none."""
     if reason := reason_to_skip():
-        print(reason)
-        return
-    print(markdown([*attention_timings(), *elementwise_timings(), *head_and_decode_timings()]))
+        return reason
+    table = markdown([*attention_timings(), *elementwise_timings(), *head_and_decode_timings()])
+    if out is not None:
+        out.write_text(table + "\n")
+    return table
 
 
 if __name__ == "__main__":
-    main()
+    print(bench_kernels())

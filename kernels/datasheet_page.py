@@ -1,4 +1,4 @@
-"""Writes docs/kernels.md and the golden file from the sheets, the traffic counts and the accuracy ratios.
+"""Writes docs/kernels.md from the sheets, the traffic counts and the accuracy ratios.
 
 `python -m shipyard.kernels.datasheet_page SHEETS.json [RATIOS.jsonl]`: the first is a list of sheets as
 `shipyard.kernels.datasheet` prints it, the second what the tests leave in $SHIPYARD_KERNEL_RATIOS.
@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from .datasheet import GOLDEN, MATRIX_FLOPS_A_CLOCK, REFERENCE, Sheet, problems, sheet_from
+from .datasheet import MATRIX_FLOPS_A_CLOCK, REFERENCE, WIDTHS, Sheet, build_datasheet, problems, sheet_from
 from .traffic import measured
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -172,12 +172,20 @@ and Liger, and prints the table to put here. It has not run on a card yet.
 """
 
 
+def write_datasheet(page: Path, sheets: list[Sheet] | None = None, errors: dict | None = None) -> str:
+    """Writes the page, compiling every configuration where no sheets are given (minutes); returns a line to print."""
+    say = lambda line: print(line, file=sys.stderr)
+    sheets = build_datasheet(widths=WIDTHS, say=say) if sheets is None else sheets
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(markdown(sheets, measured(), errors or {}))
+    broken = sum(len(problems(sheet)) for sheet in sheets)
+    return f"{page}: {len(sheets)} configurations, {broken} broken laws"
+
+
 def main(arguments: list[str]) -> None:
     sheets = [sheet_from(row) for row in json.loads(Path(arguments[0]).read_text())]
     errors = worst_ratios(Path(arguments[1]).read_text().splitlines()) if len(arguments) > 1 else {}
-    GOLDEN.write_text(json.dumps(golden(sheets), indent=1) + "\n")
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(markdown(sheets, measured(), errors))
+    print(write_datasheet(PAGE, sheets, errors))
 
 
 if __name__ == "__main__":

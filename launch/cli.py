@@ -157,6 +157,25 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    name: Annotated[Literal["kernels"], typer.Argument(help="What to time.")],
+    datasheet: Annotated[
+        bool, typer.Option("--datasheet", help="kernels: what each card's compiler made of them; needs no GPU.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File to write; --datasheet takes docs/kernels.md.")] = None,
+) -> None:
+    """Time the parts on this machine, beside their peers."""
+    if name == "kernels" and datasheet:
+        from ..kernels.datasheet_page import write_datasheet
+
+        typer.echo(write_datasheet(out or Path("docs/kernels.md")))
+    elif name == "kernels":
+        from ..evals.bench_kernels import bench_kernels
+
+        typer.echo(bench_kernels(out))
+
+
+@app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="A run, checkpoint, model, export or asset.")],
     as_json: Json = False,
