@@ -43,7 +43,7 @@ def source_digest(model_dir: Path) -> str:
     if (model_dir / MANIFEST).is_file():
         return verify(model_dir).digest
     files = sorted(p for p in model_dir.iterdir() if p.is_file() and not p.name.startswith("."))
-    return xxhash.xxh3_128_hexdigest("\n".join(f"{p.name} {hash_file(p)}" for p in files).encode())
+    return xxhash.xxh3_128_hexdigest("\n".join(f"{p.name} {hash_file(p)['xxh3_128']}" for p in files).encode())
 
 
 def _quants(to: str, quant: str | None) -> list[str]:

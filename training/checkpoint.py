@@ -1,13 +1,23 @@
-"""Checkpoints: what was trained and its Adam moments, whole, in safetensors and JSON, committed last.
+"""Checkpoints: what was trained and the optimizer's state, in flat fragments, written by every rank at once.
 
-A checkpoint does not know the engine, the number of ranks or the ZeRO stage that wrote it: parameters are stored whole
-by name, so any other cut of the job reads it. Batches and sampling are functions of (seed, step), so a step number is
-all the rest of the state. Frozen weights are not stored but named by the hash of their source.
+A checkpoint is a directory `step-NNNNNN` of safetensors and JSON: a file of fragments per rank, an index of which range
+of which parameter lies where, the method's own state, and the manifest, which is renamed into place last. Readers ask
+for ranges, so any engine on any number of ranks reads what any other wrote. Batches are functions of (seed, step), so a
+step number is all the rest of the state. Frozen weights are not stored.
+
+All ranks must see one file system. They do not talk while they write: each leaves its file and then a note of its hash,
+and the first rank, which waits for every note, commits. So a checkpoint can be written while training goes on.
 """
 
+import contextlib
+import hashlib
+import json
 import re
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +26,150 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .engine import Engine
-from .manifest import Manifest, new_directory, verify
+from .manifest import Manifest, commit, disk_is_full, publish, read_manifest, verify
+from .ranks import Ranks
+from .recipe import Checkpoints
+from .shard import INDEX, StoredFragments, key_of, write_shard
 
 STEP_DIRECTORY = re.compile(r"step-(\d{6,})")
-PARTS = ("value", "exp_avg", "exp_avg_sq")
+METHOD = "method.safetensors"
+POLL_S = 0.01
+APPEAR_S = 60.0
 
 
-def save(
-    engine: Engine, run_dir: Path, step: int, extra: dict[str, Tensor], about: dict[str, Any], keep_last: int
-) -> Path:
-    """Write `run_dir/step-NNNNNN` after `step` finished steps; `extra` is the method's own state. Collective; the first
-    rank writes.
+@dataclass
+class _Note:
+    """What one rank has to say of its file: the ranges in it, the shapes of their parameters, its hash."""
 
-    The checkpoint before is deleted only after this one is committed. A full disk raises ValueError on every rank and
-    leaves the earlier checkpoints as they were.
-    """
-    path = run_dir / f"step-{step:06d}"
-    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
-    for name, parts in engine.read():
-        if engine.ranks.first:
-            for part in PARTS:
-                tensors[part][name] = parts[part].contiguous()
-    failure = ""
-    if engine.ranks.first:
+    file: str
+    entry: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    ranges: dict[str, dict[str, list[tuple[str, int, int]]]] = field(default_factory=dict)
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time, in the background if the recipe says so."""
+
+    def __init__(self, ranks: Ranks, run_dir: Path, knobs: Checkpoints, timeout_s: float) -> None:
+        self.ranks, self.run_dir, self.knobs, self.timeout_s = ranks, run_dir, knobs, timeout_s
+        self.held_s = 0.0
+        """Seconds for which training stood still for the last save; `took_s`: how long that save took in all."""
+        self.took_s = 0.0
+        self._thread: threading.Thread | None = None
+        self._failure = ""
+        self._copies: dict[str, Tensor] = {}
+        # One name for all ranks that no earlier process used: leftovers of a killed save are not taken for this one's.
+        self._attempt = int(ranks.sum({"attempt": float(time.time_ns() >> 10) if ranks.first else 0.0})["attempt"])
+        if ranks.first:
+            for stale in (*run_dir.glob(".step-*.tmp"), *run_dir.glob(".step-*.old")):
+                shutil.rmtree(stale, ignore_errors=True)
+        ranks.wait()
+
+    def save(self, engine: Engine, step: int, extra: dict[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Begin to write `run_dir/step-NNNNNN` after `step` finished steps. Collective.
+
+        `extra` is the method's own state. In the background it returns as soon as everything is copied; `finish` says
+        how it went. Raises ValueError on every rank if this save or the one before failed; earlier checkpoints stay.
+        """
+        self.finish()
+        began = time.perf_counter()
+        note = _Note(f"rank-{self.ranks.rank:05d}.safetensors")
+        tensors: dict[str, Tensor] = {}
+        for fragment in engine.fragments():
+            note.shapes[fragment.name] = list(fragment.shape)
+            for part, tensor in fragment.tensors.items():
+                key = key_of(fragment.name, part, fragment.start)
+                tensors[key] = self._copied(key, tensor)
+                spans = note.ranges.setdefault(fragment.name, {}).setdefault(part, [])
+                spans.append((note.file, fragment.start, len(tensor)))
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
+        whole = {**about, "step": step, "updates": engine.updates}
+        extra = {key: tensor.detach().cpu().clone() for key, tensor in extra.items()}
+        self._thread = threading.Thread(
+            target=self._write, args=(step, tensors, note, extra, whole, began), daemon=True
+        )
+        self._thread.start()
+        self.held_s = time.perf_counter() - began
+        if not self.knobs.background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Return when the save that is on its way, if any, is committed. Collective; raises ValueError if it failed."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        failure, self._failure = self._failure, ""
+        if self.ranks.sum({"failed": float(bool(failure))})["failed"]:
+            raise ValueError(failure or "checkpoints: another rank could not write its part; see its message")
+
+    def _copied(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy on the host, into memory that the next save will use again."""
+        if key not in self._copies or len(self._copies[key]) != len(tensor):
+            self._copies[key] = torch.empty(len(tensor), dtype=torch.float32, pin_memory=tensor.is_cuda)
+        return self._copies[key].copy_(tensor, non_blocking=True)
+
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], note: _Note, extra: dict[str, Tensor], about: Any, began: float
+    ) -> None:
+        path = self.run_dir / f"step-{step:06d}"
+        scratch = self.run_dir / f".{path.name}.{self._attempt}.tmp"
         try:
-            with new_directory(path, {**about, "step": step}) as scratch:
-                for part in PARTS:
-                    save_file(tensors[part], scratch / f"{part}.safetensors")
-                save_file(extra, scratch / "method.safetensors")
-            for old in sorted(_steps(run_dir).items())[:-keep_last]:
-                shutil.rmtree(old[1])
+            scratch.mkdir(parents=True, exist_ok=True)
+            note.entry = write_shard(scratch / note.file, tensors)
+            _leave(scratch, self.ranks.rank, vars(note))
+            if self.ranks.first:
+                save_file(extra, scratch / METHOD)
+                self._commit(scratch, path, about)
         except Exception as error:
-            failure = str(error) or type(error).__name__
-    if engine.ranks.sum({"failed": float(bool(failure))})["failed"]:
-        raise ValueError(failure or "checkpoints: the first rank could not write the checkpoint; see its message")
-    return path
+            full = f"disk: no space left while writing {path}; free some, or set another run_dir"
+            self._failure = full if disk_is_full(error) else str(error) or type(error).__name__
+            with contextlib.suppress(OSError):  # not even that: the first rank gives up after its time limit
+                _leave(scratch, self.ranks.rank, {"failure": self._failure})
+            if self.ranks.first:
+                shutil.rmtree(scratch, ignore_errors=True)
+        self.took_s = time.perf_counter() - began
+
+    def _commit(self, scratch: Path, path: Path, about: Mapping[str, Any]) -> None:
+        """Wait for every rank's note, write the index, commit, and drop checkpoints that need not be kept."""
+        known, shapes, ranges = {}, {}, {}
+        for rank in range(self.ranks.world_size):
+            said = _await_note(scratch, rank, self.timeout_s)
+            if "failure" in said:
+                raise ValueError(f"checkpoints: rank {rank}: {said['failure']}")
+            known[said["file"]] = said["entry"]
+            shapes |= said["shapes"]
+            for name, parts in said["ranges"].items():
+                for part, spans in parts.items():
+                    ranges.setdefault(name, {}).setdefault(part, []).extend(spans)
+        for note in scratch.glob("*.note"):
+            note.unlink()
+        (scratch / INDEX).write_text(json.dumps({"shapes": shapes, "ranges": ranges}), encoding="utf-8")
+        commit(scratch, about, known)
+        publish(scratch, path)
+        steps = sorted(committed(self.run_dir).items())
+        for step, old in steps[: -self.knobs.keep_last]:
+            if not self.knobs.keep_every or step % self.knobs.keep_every:
+                shutil.rmtree(old)
+
+
+def _leave(scratch: Path, rank: int, said: Mapping[str, Any]) -> None:
+    draft = scratch / f"{rank}.draft"
+    draft.write_text(json.dumps(said), encoding="utf-8")
+    draft.rename(scratch / f"{rank}.note")
+
+
+def _await_note(scratch: Path, rank: int, timeout_s: float) -> dict[str, Any]:
+    path, until = scratch / f"{rank}.note", time.monotonic() + timeout_s
+    while not path.is_file():
+        if time.monotonic() > until:
+            raise ValueError(
+                f"checkpoints: rank {rank} wrote nothing into {scratch.parent} for {timeout_s:g} s; "
+                "run_dir must be on a file system that all ranks share"
+            )
+        time.sleep(POLL_S)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def newest(run_dir: Path) -> tuple[Manifest | None, list[str]]:
@@ -64,28 +183,52 @@ def newest(run_dir: Path) -> tuple[Manifest | None, list[str]]:
     return None, complaints
 
 
+def newest_for_all(ranks: Ranks, run_dir: Path) -> tuple[Manifest | None, list[str]]:
+    """The same for every rank: the first one looks and hashes, the others wait until they see what it found.
+
+    Collective. Raises ValueError on a rank that does not see the directory within a minute.
+    """
+    found, complaints = newest(run_dir) if ranks.first else (None, [])
+    step = int(ranks.sum({"step": float(found.about["step"]) if found else 0.0})["step"])
+    if ranks.first or not step:
+        return found, complaints
+    path, until = run_dir / f"step-{step:06d}", time.monotonic() + APPEAR_S
+    while time.monotonic() < until:
+        try:
+            return read_manifest(path), complaints
+        except ValueError:
+            time.sleep(0.1)
+    raise ValueError(
+        f"run_dir: rank {ranks.rank} does not see {path}; put run_dir on a file system that all ranks share"
+    )
+
+
 def restore(engine: Engine, manifest: Manifest, load_method: Callable[[dict[str, Tensor]], None]) -> int:
-    """Load a verified checkpoint into the engine and the method; return the number of finished steps. Collective."""
-    loaded = {part: load_file(manifest.path / f"{part}.safetensors") for part in PARTS}
-    wanted = {name for name, _ in engine.named_trainable()}
-    if wanted != set(loaded["value"]):
-        odd = sorted(wanted ^ set(loaded["value"]))[0]
+    """Load a checkpoint into the engine and the method, this rank's ranges only; return the number of finished steps.
+
+    Raises ValueError when it was written for another model.
+    """
+    stored, wanted = StoredFragments(manifest.path), engine.shapes()
+    if wanted != stored.shapes:
+        odd = sorted(set(wanted.items()) ^ set(stored.shapes.items()))[0][0]
         raise ValueError(f"resume: {manifest.path} was written for another model ({odd}); set another run_dir")
-    step = int(manifest.about["step"])
-    engine.write({name: {part: loaded[part][name] for part in PARTS} for name in wanted}, step)
-    load_method(load_file(manifest.path / "method.safetensors"))
-    return step
+    engine.load(stored.read, int(manifest.about["updates"]))
+    load_method(load_file(manifest.path / METHOD))
+    return int(manifest.about["step"])
 
 
-def weights_hash(engine: Engine) -> str:
-    """SHA-256 over the trained weights in fp32, in order of name. Collective."""
-    import hashlib
-
+def weights_hash(directory: Path) -> str:
+    """SHA-256 over a checkpoint's weights, fp32, in order of name: equal for equal weights, however they were cut."""
     digest = hashlib.sha256()
-    for name, parts in sorted(engine.read(), key=lambda item: item[0]):
+    for name, tensor in StoredFragments(directory).whole().items():
         digest.update(name.encode())
-        digest.update(parts["value"].to(torch.float32).numpy().tobytes())
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def committed(run_dir: Path) -> dict[int, Path]:
+    """Checkpoints that were finished, by step; their hashes are not looked at."""
+    return {step: path for step, path in _steps(run_dir).items() if (path / "manifest.json").is_file()}
 
 
 def _steps(run_dir: Path) -> dict[int, Path]:

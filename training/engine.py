@@ -6,13 +6,31 @@ this, so every engine computes the same sum.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .ranks import Ranks
 from .recipe import Recipe
+
+Read = Callable[[str, str, int, int], Tensor | None]
+"""read(name, part, start, length): a flat range of a part of a stored parameter, fp32; None if it has no such part."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous range of one flattened trained parameter, as one rank holds it.
+
+    `tensors` has the range of each part: "value", and the optimizer's own ("exp_avg", "exp_avg_sq"), 1-D, fp32. Over
+    all ranks, fragments hold every element of every trained parameter exactly once, whatever the engine.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: Mapping[str, Tensor]
 
 
 class Engine:
@@ -29,6 +47,8 @@ class Engine:
         self.max_grad_norm = recipe.optim.max_grad_norm
         self.autocast = recipe.model.dtype == "bfloat16" and recipe.lora.rank == 0
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.updates = 0
+        """Optimizer steps taken, which Adam's bias correction counts: steps that were skipped are not among them."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of one micro-batch, whose loss is already divided by the global denominator."""
@@ -51,6 +71,7 @@ class Engine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.updates += 1
         self.optimizer.zero_grad()
         return norm
 
@@ -62,26 +83,53 @@ class Engine:
         """The scope in which `module` holds every weight whole on every rank. Collective."""
         yield
 
-    def read(self) -> Iterable[tuple[str, dict[str, Tensor]]]:
-        """Yield each trained parameter's fp32 value and Adam moments, whole, on the CPU. Collective."""
-        for name, parameter in self.named_trainable():
-            state = self.optimizer.state.get(parameter, {})
-            yield (
-                name,
-                {
-                    "value": parameter.detach().float().cpu(),
-                    "exp_avg": state["exp_avg"].cpu() if state else torch.zeros_like(parameter, device="cpu"),
-                    "exp_avg_sq": state["exp_avg_sq"].cpu() if state else torch.zeros_like(parameter, device="cpu"),
-                },
-            )
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of what was trained and of the optimizer's state. Nothing is copied.
 
-    def write(self, tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-        """Set every trained parameter and its Adam moments from whole tensors. Collective."""
+        Every rank holds everything here, so parameters are spread over ranks by size.
+        """
+        for name, parameter in share_out(self.named_trainable(), self.ranks):
+            state = self.optimizer.state.get(parameter, {})
+            parts = {"value": parameter.detach(), **moments(state, parameter)}
+            yield Fragment(name, tuple(parameter.shape), 0, {key: part.reshape(-1) for key, part in parts.items()})
+
+    def load(self, read: Read, updates: int) -> None:
+        """Set what this rank holds from stored fragments, after `updates` optimizer steps."""
+        self.updates = updates
         for name, parameter in self.named_trainable():
-            stored = tensors[name]
-            parameter.data.copy_(stored["value"])
+            value = read(name, "value", 0, parameter.numel())
+            assert value is not None
+            parameter.data.copy_(value.view_as(parameter))
+            stored = {part: read(name, part, 0, parameter.numel()) for part in self.moment_names(parameter)}
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": stored["exp_avg"].to(parameter),
-                "exp_avg_sq": stored["exp_avg_sq"].to(parameter),
+                part: tensor.view_as(parameter).to(parameter.device, copy=True)
+                for part, tensor in stored.items()
+                if tensor is not None
             }
+            if self.optimizer.state[parameter]:
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(updates))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of every trained parameter."""
+        return {name: tuple(parameter.shape) for name, parameter in self.named_trainable()}
+
+    def moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """The parts, besides the value, that the optimizer keeps of a parameter."""
+        return ("exp_avg", "exp_avg_sq")
+
+
+def moments(state: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    """Those tensors of an optimizer's state that have an element for each of the parameter's."""
+    return {key: tensor for key, tensor in state.items() if tensor.shape == like.shape and tensor.ndim > 0}
+
+
+def share_out(named: list[tuple[str, nn.Parameter]], ranks: Ranks) -> list[tuple[str, nn.Parameter]]:
+    """This rank's share of parameters that every rank holds whole: the largest first, each to the rank with least."""
+    loads = [0] * ranks.world_size
+    mine = []
+    for name, parameter in sorted(named, key=lambda item: (-item[1].numel(), item[0])):
+        rank = loads.index(min(loads))
+        loads[rank] += parameter.numel()
+        if rank == ranks.rank:
+            mine.append((name, parameter))
+    return mine

@@ -51,7 +51,8 @@ def train(recipe: Recipe) -> Path:
         if ranks.first:
             print(f"{run_dir}: finished before, verified ({done.digest[:12]})")
         return run_dir
-    if recipe.resume == "auto" and (found := checkpoint.newest(run_dir)[0]) is not None:
+    found, complaints = checkpoint.newest_for_all(ranks, run_dir) if recipe.resume == "auto" else (None, [])
+    if found is not None:
         _refuse_other_run(found, recipe)
     tokenizer = load_tokenizer(recipe.model)
     data = load_dataset(recipe, tokenizer, run_dir) if recipe.method != "grpo" else None
@@ -73,7 +74,9 @@ def train(recipe: Recipe) -> Path:
     steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
     log = StepLog(recipe, run_dir, steps, ranks.first)
     _introduce(recipe, engine, data, steps, log)
-    first_step = _resume(recipe, engine, method, run_dir, log)
+    for complaint in complaints:
+        log.say(f"resume: {complaint}")
+    first_step = _resume(engine, method, found, log)
     _steps(recipe, engine, method, run_dir, log, range(first_step, steps))
     finish.finish(recipe, engine, tokenizer, run_dir, identity(recipe), log)
     log.close()
@@ -82,6 +85,7 @@ def train(recipe: Recipe) -> Path:
 
 def _steps(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: StepLog, todo: range) -> None:
     ranks, every = engine.ranks, recipe.checkpoints.every_steps
+    saver = checkpoint.Saver(ranks, run_dir, recipe.checkpoints, recipe.parallel.timeout_s)
     peak = peak_flops(ranks.device, getattr(torch, recipe.model.dtype)) * ranks.world_size
     flops = flops_per_token(engine.module)
     with _sigterm() as asked_to_stop, progress(recipe.method, len(todo), log.console, ranks.first) as advance:
@@ -97,10 +101,12 @@ def _steps(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: S
             advance()
             last = step + 1 == todo.stop
             if last or stop or (every and (step + 1) % every == 0):
-                save(recipe, engine, method, run_dir, step + 1)
+                saver.save(engine, step + 1, method.state(), about_checkpoint(recipe, engine))
             if stop and not last:
+                saver.finish()
                 log.say(f"SIGTERM: step {step + 1} is saved in {run_dir}; the same command goes on from there")
                 raise SystemExit(EXIT_PREEMPTED)
+        saver.finish()
 
 
 def run_step(
@@ -134,20 +140,15 @@ def run_step(
     return {"loss": values.pop("loss"), "lr": lr, "grad_norm": norm, **values, **method.summary(items), **counts}
 
 
-def save(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, step: int) -> None:
-    """Write a checkpoint after `step` finished steps. Collective."""
-    about = {"identity": identity(recipe), "world_size": engine.ranks.world_size, "engine": recipe.parallel.engine}
-    checkpoint.save(engine, run_dir, step, method.state(), about, recipe.checkpoints.keep_last)
+def about_checkpoint(recipe: Recipe, engine: Engine) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it."""
+    return {"identity": identity(recipe), "world_size": engine.ranks.world_size, "engine": recipe.parallel.engine}
 
 
-def _resume(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: StepLog) -> int:
-    found, complaints = checkpoint.newest(run_dir)
-    for complaint in complaints:
-        log.say(f"resume: {complaint}")
+def _resume(engine: Engine, method: Method, found: Manifest | None, log: StepLog) -> int:
     if found is None:
         log.forget_from(0)
         return 0
-    _refuse_other_run(found, recipe)
     step = checkpoint.restore(engine, found, method.load_state)
     log.forget_from(step)
     log.say(f"resume: going on after step {step} from {found.path}")

@@ -19,6 +19,8 @@ import xxhash
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 26
+"""Large files also have a hash per 64 MiB, so that damage can be named as a range of bytes."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,43 @@ class Manifest:
         return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
-def hash_file(path: Path) -> str:
-    """Return the XXH3-128 of a file's bytes, in hex."""
-    digest = xxhash.xxh3_128()
+class FileHash:
+    """XXH3-128 of a file's bytes and XXH3-64 of each of its blocks, in one pass."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._whole, self._block = xxhash.xxh3_128(), xxhash.xxh3_64()
+        self._blocks: list[str] = []
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Add bytes."""
+        view = memoryview(data)
+        self._whole.update(view)
+        while len(view):
+            room = BLOCK_BYTES - self.bytes % BLOCK_BYTES
+            self._block.update(view[:room])
+            self.bytes += len(view[:room])
+            if self.bytes % BLOCK_BYTES == 0:
+                self._blocks.append(self._block.hexdigest())
+                self._block.reset()
+            view = view[room:]
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of the file."""
+        entry: dict[str, Any] = {"bytes": self.bytes, "xxh3_128": self._whole.hexdigest()}
+        if self.bytes > BLOCK_BYTES:
+            rest = [self._block.hexdigest()] if self.bytes % BLOCK_BYTES else []
+            entry["blocks_xxh3_64"] = [*self._blocks, *rest]
+        return entry
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """Return the manifest's entry for a file: its size and hashes."""
+    digest = FileHash()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
+    return digest.entry()
 
 
 def fsync_path(path: Path) -> None:
@@ -54,16 +86,21 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def commit(directory: Path, about: Mapping[str, Any]) -> Manifest:
-    """Hash and sync everything under `directory`, then rename its manifest into place."""
+def commit(directory: Path, about: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None) -> Manifest:
+    """Hash and sync everything under `directory`, then rename its manifest into place.
+
+    `known` has the entries of files that their writers have hashed and synced already.
+    """
     names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
-    files = {}
+    files: dict[str, Mapping[str, Any]] = {}
     for name in names:
         if name in (MANIFEST, MANIFEST + ".tmp"):
             continue
-        path = directory / name
-        fsync_path(path)
-        files[name] = {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
+        if known and name in known:
+            files[name] = known[name]
+            continue
+        fsync_path(directory / name)
+        files[name] = hash_file(directory / name)
     draft = directory / (MANIFEST + ".tmp")
     with draft.open("w", encoding="utf-8") as file:
         json.dump({"files": files, "about": dict(about)}, file, indent=1)
@@ -90,21 +127,26 @@ def new_directory(path: Path, about: dict[str, Any]) -> Iterator[Path]:
     try:
         yield scratch
         commit(scratch, about)
-        previous = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            path.rename(previous)
-        scratch.rename(path)
-        fsync_path(path.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        publish(scratch, path)
     except Exception as error:
-        if _disk_is_full(error):
+        if disk_is_full(error):
             raise ValueError(f"disk: no space left while writing {path}; free some, or set another run_dir") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _disk_is_full(error: Exception) -> bool:
+def publish(scratch: Path, path: Path) -> None:
+    """Give a committed directory its name; what had the name before goes only then."""
+    previous = scratch.with_suffix(".old")
+    if path.exists():
+        path.rename(previous)
+    scratch.rename(path)
+    fsync_path(path.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def disk_is_full(error: Exception) -> bool:
     """safetensors reports a full disk in an exception of its own, with the kernel's number in its text."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
@@ -131,6 +173,16 @@ def verify(directory: Path) -> Manifest:
             raise ValueError(f"manifest: {path} is missing; use the copy before it")
         if path.stat().st_size != entry["bytes"]:
             raise ValueError(f"manifest: {path} has {path.stat().st_size} bytes, {entry['bytes']} were written")
-        if hash_file(path) != entry["xxh3_128"]:
-            raise ValueError(f"manifest: {path} has changed since it was written (its hash differs)")
+        found = hash_file(path)
+        if found["xxh3_128"] != entry["xxh3_128"]:
+            raise ValueError(
+                f"manifest: {path} has changed since it was written (its hash differs{_where(found, entry)})"
+            )
     return manifest
+
+
+def _where(found: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    """Which bytes differ, where blocks were hashed by themselves."""
+    pairs = zip(found.get("blocks_xxh3_64", ()), entry.get("blocks_xxh3_64", ()), strict=True)
+    spans = [f"{n * BLOCK_BYTES}-{(n + 1) * BLOCK_BYTES - 1}" for n, (is_, was) in enumerate(pairs) if is_ != was]
+    return f" in bytes {', '.join(spans[:3])}" if spans else ""

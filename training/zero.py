@@ -1,14 +1,14 @@
 """DeepSpeed ZeRO-1, 2 and 3 behind the engine interface."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batches import accumulation
-from .engine import Engine
+from .engine import Engine, Fragment, Read
 from .ranks import Ranks
 from .recipe import Recipe
 
@@ -26,6 +26,7 @@ class ZeroEngine(Engine):
         self.deepspeed: Any = engine
         self.model: nn.Module = engine
         self.module = model
+        self.updates = 0
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.deepspeed.set_gradient_accumulation_boundary(is_boundary=last)
@@ -39,6 +40,7 @@ class ZeroEngine(Engine):
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
+        self.updates += 1
         norm = self.deepspeed.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
@@ -52,50 +54,83 @@ class ZeroEngine(Engine):
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
 
-    def read(self) -> Iterable[tuple[str, dict[str, Tensor]]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        self._link_state()
-        for name, parameter in self.named_trainable():
-            value = safe_get_full_fp32_param(parameter)
-            first = safe_get_full_optimizer_state(parameter, "exp_avg")
-            second = safe_get_full_optimizer_state(parameter, "exp_avg_sq")
-            assert value is not None, f"DeepSpeed holds no fp32 copy of {name}"
-            zeros = torch.zeros_like(value, device="cpu")
-            yield (
-                name,
-                {
-                    "value": value.detach().float().cpu().clone(),
-                    "exp_avg": zeros if first is None else first.detach().float().cpu().clone(),
-                    "exp_avg_sq": zeros if second is None else second.detach().float().cpu().clone(),
-                },
-            )
-
-    def write(self, tensors: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+    def fragments(self) -> Iterator[Fragment]:
+        """DeepSpeed's own partitions: flat fp32 ranges of parameters, which cut where its buffers end."""
         self._create_state()
-        self._link_state()
         for name, parameter in self.named_trainable():
-            stored = tensors[name]
-            safe_set_full_fp32_param(parameter, stored["value"].to(self.ranks.device))
-            for moment in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameter, stored[moment].to(self.ranks.device), moment)
+            start, tensors = self._partition(parameter)
+            if tensors:
+                yield Fragment(name, _shape(parameter), start, tensors)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: _shape(parameter) for name, parameter in self.named_trainable()}
+
+    def load(self, read: Read, updates: int) -> None:
+        self.updates = updates
+        self._create_state()
+        for name, parameter in self.named_trainable():
+            start, tensors = self._partition(parameter)
+            for part, tensor in tensors.items():
+                stored = read(name, part, start, len(tensor))
+                self._set_part(parameter, part, tensor, torch.zeros_like(tensor) if stored is None else stored)
+            self._set_weight(name, parameter, read)
         for state in self._inner().state.values():
-            state["step"].fill_(float(step))
+            state["step"] = torch.tensor(float(updates))
+
+    def _set_part(self, parameter: nn.Parameter, part: str, held: Tensor, stored: Tensor) -> None:
+        if self.stage < 3:
+            held.copy_(stored)
+            return
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        whole: Any = parameter
+        padded = torch.zeros(whole.ds_tensor.ds_numel, dtype=torch.float32)
+        padded[: len(stored)] = stored
+        if part == "value":
+            safe_set_local_fp32_param(parameter, padded)
+        else:
+            safe_set_local_optimizer_state(parameter, padded, part)
+
+    def _set_weight(self, name: str, parameter: nn.Parameter, read: Read) -> None:
+        """Set the copy that computes: DeepSpeed renews it from the fp32 partitions after a step only."""
+        if self.stage < 3:
+            value = read(name, "value", 0, parameter.numel())
+            assert value is not None
+            parameter.data.copy_(value.view_as(parameter))
+            return
+        _, tensors = self._partition(parameter)
+        if tensors:
+            shard: Any = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
+            shard.data.view(-1)[: len(tensors["value"])].copy_(tensors["value"])
+
+    def _partition(self, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+        """Where this rank's range of a parameter starts, and views of it by part; no parts if it holds none."""
+        if self.stage < 3:
+            mapping: Any = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+            if mapping is None:
+                return 0, {}
+            parts = {"value": mapping.hp_fragment, **mapping.optim_fragment}
+            return mapping.lp_fragment_address.start, {key: part.detach() for key, part in parts.items()}
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        shard: Any = parameter  # DeepSpeed pads the last partitions to one size
+        start = shard.ds_tensor.ds_numel * self.ranks.rank
+        length = max(0, min(shard.ds_tensor.ds_numel, shard.ds_numel - start))
+        if not length:
+            return 0, {}
+        moments = {part: safe_get_local_optimizer_state(parameter, part) for part in ("exp_avg", "exp_avg_sq")}
+        parts = {"value": safe_get_local_fp32_param(parameter), **moments}
+        return start, {key: part.detach()[:length] for key, part in parts.items()}
 
     def _inner(self) -> torch.optim.Optimizer:
         return self.deepspeed.optimizer.optimizer
 
-    def _link_state(self) -> None:
-        """DeepSpeed 0.19 ties parameters to their moments after the first group's first step, when those of later
-        groups do not exist yet, and never again; without this, reading a norm's moments fails under ZeRO-1 and 2."""
-        if self.stage < 3:
-            self.deepspeed.optimizer._hp_optimizer_states_linked = False
-            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
-
     def _create_state(self) -> None:
-        """AdamW makes its moments in its first step; a run that resumes needs them before."""
+        """Make moments that AdamW would make in its first step, and tie them to their parameters.
+
+        DeepSpeed 0.19 ties them after the first group's first step, when those of later groups do not exist yet, and
+        never again; without this, a norm's moments cannot be found under ZeRO-1 and 2.
+        """
         inner = self._inner()
         for group in inner.param_groups:
             for flat in group["params"]:
@@ -105,6 +140,13 @@ class ZeroEngine(Engine):
                         "exp_avg": torch.zeros_like(flat),
                         "exp_avg_sq": torch.zeros_like(flat),
                     }
+        if self.stage < 3:
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def deepspeed_config(recipe: Recipe, rounds: int) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from shipyard.training.manifest import MANIFEST, new_directory, verify
+from shipyard.training.shard import StoredFragments
 
 STEPS = 12
 
@@ -56,7 +56,7 @@ def wait_for(process: subprocess.Popen[str], run: Path, steps: int) -> None:
 def assert_same_bits(run: Path, reference: Path) -> None:
     name = f"step-{STEPS:06d}"
     for part in ("value", "exp_avg", "exp_avg_sq"):
-        ours, theirs = (load_file(folder / name / f"{part}.safetensors") for folder in (run, reference))
+        ours, theirs = (StoredFragments(folder / name).whole(part) for folder in (run, reference))
         assert ours.keys() == theirs.keys()
         assert all(ours[key].equal(theirs[key]) for key in theirs), part
     losses, wanted = (
@@ -98,7 +98,7 @@ def test_a_flipped_bit_is_named_and_the_step_before_is_used(straight, shipyard, 
     process.kill()
     process.communicate()
     newest = max(path for path in run.glob("step-*") if (path / MANIFEST).is_file())
-    victim = newest / "exp_avg.safetensors"
+    victim = newest / "rank-00000.safetensors"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
@@ -121,7 +121,7 @@ def test_sigterm_saves_within_a_step_and_says_so(straight, shipyard, tmp_path: P
     logged = (run / "log.jsonl").read_bytes().count(b"\n")
     assert verify(run / f"step-{logged:06d}").about["step"] == logged
     shipyard("train", recipe, f"run_dir={run}", ranks=2)  # and the world may be another one
-    weights, wanted = (load_file(path / f"step-{STEPS:06d}" / "value.safetensors") for path in (run, reference))
+    weights, wanted = (StoredFragments(path / f"step-{STEPS:06d}").whole() for path in (run, reference))
     assert max(float((weights[key] - wanted[key]).abs().max()) for key in wanted) < 1e-6
 
 
