@@ -132,14 +132,17 @@ class ZeroEngine(Engine):
         never again; without this, a norm's moments cannot be found under ZeRO-1 and 2.
         """
         inner = self._inner()
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                if not inner.state.get(flat):
-                    inner.state[flat] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(flat),
-                        "exp_avg_sq": torch.zeros_like(flat),
-                    }
+        if self.stage == 3:  # its groups are empty between steps
+            partitions = self.deepspeed.optimizer.fp32_partitioned_groups_flat
+        else:
+            partitions = [flat for group in inner.param_groups for flat in group["params"]]
+        for flat in partitions:
+            if not inner.state.get(flat):
+                inner.state[flat] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(flat),
+                    "exp_avg_sq": torch.zeros_like(flat),
+                }
         if self.stage < 3:
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
