@@ -19,6 +19,12 @@ WHOLE = {width: (width, 0) for width in (16, 32, 64, 128, 256)}
 WIDTHS = WHOLE | {80: (64, 16), 96: (64, 32), 192: (128, 64)}  # head width -> the two parts of a tile
 
 
+def width_parts(width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The two parts of a tile; in fp32 and fp64 always two, whose products round less than one long chain of sums."""
+    halves = dtype in (torch.float32, torch.float64) and WIDTHS[width][1] == 0 and width > 16
+    return (width // 2, width // 2) if halves else WIDTHS[width]
+
+
 class Tile(NamedTuple):
     """A launch: query rows and key rows of one tile, warps, and software-pipeline stages."""
 
@@ -177,7 +183,7 @@ def _check(q, k, v, cu_q, cu_k, causal, window, softcap, sinks, scale) -> None:
 
 def _switches(q: torch.Tensor, v: torch.Tensor, features: Features) -> dict[str, Any]:
     """The compile-time arguments; C takes a score to base 2, INNER and CAP are the softcap."""
-    (d1, d2), (e1, e2) = WIDTHS[q.shape[2]], WIDTHS[v.shape[2]]
+    (d1, d2), (e1, e2) = (width_parts(x.shape[2], q.dtype) for x in (q, v))
     cap, exact = features.softcap, q.dtype in (torch.float32, torch.float64)
     c = features.scale * LOG2_E if cap is None else LOG2_E
     return dict(

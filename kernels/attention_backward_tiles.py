@@ -3,7 +3,7 @@
 Notation as in `attention_tiles.py`. `lse` is in base 2, so p = exp2(s * c - lse) needs no maximum.
 """
 
-from .attention_tiles import key_bounds, load_rows, query_bounds, raise_two, store_rows, tanh, visible
+from .attention_tiles import add_product, key_bounds, load_rows, query_bounds, raise_two, store_rows, tanh, visible
 from .jit import jit, tl
 
 
@@ -35,7 +35,7 @@ def key_value_tiles(
         s = tl.dot(k1, tl.trans(q1), tl.zeros([BN, BM], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if D2 > 0:
             q2 = load_rows(q_tile, rows, left, q_t, D2, D1, EDGE)
-            s = tl.dot(k2, tl.trans(q2), s, input_precision=PRECISION, out_dtype=COMPUTE)
+            s = add_product(s, k2, tl.trans(q2), EXACT, PRECISION, COMPUTE)
         if EDGE:
             row_lse = tl.load(lse + m + rows, mask=rows < left, other=float("inf"))
             row_inverse = row_lse
@@ -57,19 +57,19 @@ def key_value_tiles(
             p = tl.where(visible(last, keys, last + 1, window, CAUSAL, WINDOW), p, 0.0)
         do1 = load_rows(do_tile, rows, left, do_t, E1, 0, EDGE)
         low_p = p.to(dout.dtype.element_ty)
-        dv1 = tl.dot(low_p, do1, dv1, input_precision=PRECISION, out_dtype=COMPUTE)
+        dv1 = add_product(dv1, low_p, do1, EXACT, PRECISION, COMPUTE)
         dp = tl.dot(v1, tl.trans(do1), tl.zeros([BN, BM], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if E2 > 0:
             do2 = load_rows(do_tile, rows, left, do_t, E2, E1, EDGE)
-            dv2 = tl.dot(low_p, do2, dv2, input_precision=PRECISION, out_dtype=COMPUTE)
-            dp = tl.dot(v2, tl.trans(do2), dp, input_precision=PRECISION, out_dtype=COMPUTE)
+            dv2 = add_product(dv2, low_p, do2, EXACT, PRECISION, COMPUTE)
+            dp = add_product(dp, v2, tl.trans(do2), EXACT, PRECISION, COMPUTE)
         ds = p * (dp - row_delta[None, :])
         if SOFTCAP:
             ds = ds * (1.0 - bend * bend)
         low_ds = ds.to(q.dtype.element_ty)
-        dk1 = tl.dot(low_ds, q1, dk1, input_precision=PRECISION, out_dtype=COMPUTE)
+        dk1 = add_product(dk1, low_ds, q1, EXACT, PRECISION, COMPUTE)
         if D2 > 0:
-            dk2 = tl.dot(low_ds, q2, dk2, input_precision=PRECISION, out_dtype=COMPUTE)
+            dk2 = add_product(dk2, low_ds, q2, EXACT, PRECISION, COMPUTE)
         q_tile += BM * q_t
         do_tile += BM * do_t
     return dk1, dk2, dv1, dv2
@@ -157,7 +157,7 @@ def query_tiles(
         s = tl.dot(q1, tl.trans(k1), tl.zeros([BM, BN], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if D2 > 0:
             k2 = load_rows(k_tile, columns, k_length - n, k_t, D2, D1, EDGE)
-            s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION, out_dtype=COMPUTE)
+            s = add_product(s, q2, tl.trans(k2), EXACT, PRECISION, COMPUTE)
         if SOFTCAP:
             bend = tanh(s * INNER, COMPUTE)
             s = CAP * bend
@@ -169,7 +169,7 @@ def query_tiles(
         dp = tl.dot(do1, tl.trans(v1), tl.zeros([BM, BN], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if E2 > 0:
             v2 = load_rows(v_tile, columns, k_length - n, v_t, E2, E1, EDGE)
-            dp = tl.dot(do2, tl.trans(v2), dp, input_precision=PRECISION, out_dtype=COMPUTE)
+            dp = add_product(dp, do2, tl.trans(v2), EXACT, PRECISION, COMPUTE)
         if ONLY_DELTA:
             row_delta += tl.sum(p * dp, 1)
         else:
@@ -177,9 +177,9 @@ def query_tiles(
             if SOFTCAP:
                 ds = ds * (1.0 - bend * bend)
             low_ds = ds.to(k.dtype.element_ty)
-            dq1 = tl.dot(low_ds, k1, dq1, input_precision=PRECISION, out_dtype=COMPUTE)
+            dq1 = add_product(dq1, low_ds, k1, EXACT, PRECISION, COMPUTE)
             if D2 > 0:
-                dq2 = tl.dot(low_ds, k2, dq2, input_precision=PRECISION, out_dtype=COMPUTE)
+                dq2 = add_product(dq2, low_ds, k2, EXACT, PRECISION, COMPUTE)
         k_tile += BN * k_t
         v_tile += BN * v_t
     return dq1, dq2, row_delta

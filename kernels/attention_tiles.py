@@ -10,7 +10,8 @@ unscaled and in base 2: p = exp2(s * c - m * c), one fused multiply-add per scor
 of a window, the tail) run in their own loops, so the long loop has no mask.
 
 EXACT (fp32 and fp64) spends a few instructions a score to stay below the error of eager fp32 code: the exponent is
-made good for its rounding, and the row maximum and 1 / sum are kept apart instead of as one log-sum-exp.
+made good for its rounding, the row maximum and 1 / sum are kept apart instead of as one log-sum-exp, every width is
+split in two halves whose products are added, and so is each tile's: short chains of sums round less than long ones.
 """
 
 from .jit import jit, tl
@@ -53,6 +54,15 @@ def load_rows(base, rows, limit, stride, WIDTH: tl.constexpr, FIRST: tl.constexp
 def store_rows(base, rows, limit, stride, tile, WIDTH: tl.constexpr, FIRST: tl.constexpr):
     at = rows[:, None] * stride + (FIRST + tl.arange(0, WIDTH))[None, :]
     tl.store(base + at, tile.to(base.dtype.element_ty), mask=(rows < limit)[:, None])
+
+
+@jit
+def add_product(acc, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
+    """acc + a b. EXACT adds the product as one term: the rounding errors of a chain of sums grow with its length."""
+    if EXACT:
+        acc += tl.dot(a, b, tl.zeros_like(acc), input_precision=PRECISION, out_dtype=COMPUTE)
+        return acc
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=COMPUTE)  # pyright: ignore
 
 
 @jit
@@ -129,7 +139,7 @@ def forward_tiles(
         s = tl.dot(q1, tl.trans(k1), tl.zeros([BM, BN], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if D2 > 0:
             k2 = load_rows(k_tile, columns, key_length - n, k_t, D2, D1, EDGE)
-            s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION, out_dtype=COMPUTE)
+            s = add_product(s, q2, tl.trans(k2), EXACT, PRECISION, COMPUTE)
         if SOFTCAP:
             s = CAP * tanh(s * INNER, COMPUTE)
         if MASKED:
@@ -149,10 +159,10 @@ def forward_tiles(
         top = top_new
         p = p.to(v.dtype.element_ty)
         v1 = load_rows(v_tile, columns, key_length - n, v_t, E1, 0, EDGE)
-        acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION, out_dtype=COMPUTE)
+        acc1 = add_product(acc1 * fade[:, None], p, v1, EXACT, PRECISION, COMPUTE)
         if E2 > 0:
             v2 = load_rows(v_tile, columns, key_length - n, v_t, E2, E1, EDGE)
-            acc2 = tl.dot(p, v2, acc2 * fade[:, None], input_precision=PRECISION, out_dtype=COMPUTE)
+            acc2 = add_product(acc2 * fade[:, None], p, v2, EXACT, PRECISION, COMPUTE)
         k_tile += BN * k_t
         v_tile += BN * v_t
     return acc1, acc2, top, total

@@ -83,7 +83,7 @@ def compile_kernel(kernel: Any, arch: str, constants: dict[str, Any], types: dic
 def attention_sheet(arch: str, part: str, width: int, value_width: int, dtype: torch.dtype = torch.bfloat16) -> Sheet:
     """Compiles one pass of causal attention as shipped for this architecture and width."""
     tile = attention.attention_tile(arch, part, width, value_width, dtype)
-    (d1, d2), (e1, e2) = attention.WIDTHS[width], attention.WIDTHS[value_width]
+    (d1, d2), (e1, e2) = (attention.width_parts(w, dtype) for w in (width, value_width))
     kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     constants = dict(
         D1=d1, D2=d2, E1=e1, E2=e2, BM=tile.queries, BN=tile.keys, CAUSAL=True, WINDOW=False, SOFTCAP=False,
@@ -140,7 +140,7 @@ def small_kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]
     norm_types |= {"rstd": "*fp32", "dw": "*fp32", "eps": "fp32"}
     head = dict(WIDTH=width, CAP=0.0, SOFTCAP=False, BT=64, BV=64, BD=64, PRECISION="ieee", COMPUTE=fp32)
     head_types = {"x": "*bf16", "weight": "*bf16", "grad": "*bf16", "ids": "*i64"}
-    head_types |= {n: "*fp32" for n in ("picked", "lse", "hit", "soft")}
+    head_types |= {n: "*fp32" for n in ("picked", "lse", "lost", "hit", "soft")}
     page = dict(
         C=0.1275, GROUP=4, GROUP_TILE=16, HEADS=32, GROUPS=8, WIDTH=128, SLOTS=16, SPLIT=256, BN=64, COMPUTE=fp32
     )

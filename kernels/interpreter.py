@@ -1,8 +1,9 @@
 """Triton's CPU interpreter made faithful, with a sanitizer.
 
 As shipped, TRITON_INTERPRET=1 computes on the bit patterns of bf16 and truncates casts to it. `install()` mends that:
-casts round to nearest even, arithmetic on bf16 rounds after each operation, and a TF32 dot rounds its operands as the
-tensor core does. `Sanitizer` watches each launch for what a GPU would only show as a rare wrong number.
+casts round to nearest even, arithmetic on bf16 rounds after each operation, a TF32 dot rounds its operands as the
+tensor core does, and a dot adds up in an order that depends on neither the processor nor the place in the tile.
+`Sanitizer` watches each launch for what a GPU would only show as a rare wrong number.
 
     with Sanitizer() as report:
         out = flash_attention(q, k, v, cu_seqlens=cu_seqlens)
@@ -26,6 +27,7 @@ Handle: Any = stock.TensorHandle
 NEVER, MANY = -1, -2  # program ids in the shadow memory: nobody yet, more than one
 GUARD_BYTES = 1 << 16
 POISON = {1: 0xA5, 2: 0xFFED, 4: 0xFFC0DEAD, 8: 0xFFF8DEADBEEFCAFE}  # NaNs with a signature, by item size in bytes
+TENSOR_CORE_DEPTH = 16
 BIT_OPS = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
 
 
@@ -105,21 +107,51 @@ def _sum(self, value: Any) -> Any:
     return self.to_tensor(bf16_encode(total), value.dtype)
 
 
+def tensor_core(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
+    """acc + a @ b in fp32, for operands of 11 mantissa bits or fewer: 16 exact products at a time join the accumulator
+    with one rounding. The card's alignment inside such a step truncates a little more; that is not modelled."""
+    for k in range(0, a.shape[-1], TENSOR_CORE_DEPTH):
+        part = slice(k, k + TENSOR_CORE_DEPTH)
+        acc = (acc + np.matmul(a[..., part], b[..., part, :])).astype(np.float32)
+    return acc
+
+
+def fma_chain(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
+    """acc + a @ b in fp32 as CUDA cores do it: one fused multiply-add after the other along the inner dimension."""
+    a_t = np.ascontiguousarray(np.swapaxes(a, -1, -2))
+    acc = acc.astype(np.float32)
+    work = np.empty(acc.shape, np.float64)
+    for k in range(a_t.shape[-2]):
+        np.multiply(a_t[..., k, :, None], b[..., k, None, :], out=work)  # exact: two 24-bit mantissas
+        work += acc
+        acc[...] = work
+    return acc
+
+
+def multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray, half: bool) -> np.ndarray:
+    """One matrix product in fp32 with each element's sum in a fixed order, wherever in a tile it stands.
+
+    A BLAS chooses that order by the shape and the processor, so with it neither bits nor errors would mean anything.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return tensor_core(a, b, acc) if half else fma_chain(a, b, acc)
+
+
 def _dot(self, a: Any, b: Any, acc: Any, precision: Any, max_imprecise: Any) -> Any:
-    wide = acc.data.dtype
     x, y = (bf16_decode(h.data) if _is_bf16(h) else h.data for h in (a, b))
-    name = str(precision).upper()
-    if a.dtype.scalar == tl.float32 and "TF32" in name and "X3" not in name:
-        x, y = tf32_round(x), tf32_round(y)
+    name, kind = str(precision).upper(), a.dtype.scalar
     if ACTIVE is not None:
         ACTIVE.flops_issued += 2 * int(np.prod(x.shape[:-2])) * x.shape[-2] * x.shape[-1] * y.shape[-1]
-    if a.dtype.scalar == tl.float32 and "TF32X3" in name:
-        big_x, big_y = tf32_round(x), tf32_round(y)
+    if acc.data.dtype != np.float32 or kind.is_int() or kind == tl.float64:
+        return Handle(np.matmul(x.astype(acc.data.dtype), y.astype(acc.data.dtype)) + acc.data, acc.dtype.scalar)
+    if kind != tl.float32 or "TF32" not in name:
+        return Handle(multiply(x, y, acc.data, kind != tl.float32), acc.dtype.scalar)
+    big_x, big_y = tf32_round(x), tf32_round(y)
+    out = acc.data
+    if "X3" in name:
         small_x, small_y = tf32_round(x - big_x), tf32_round(y - big_y)
-        out = np.matmul(small_x, big_y) + np.matmul(big_x, small_y) + np.matmul(big_x, big_y)
-    else:
-        out = np.matmul(x.astype(wide, copy=False), y.astype(wide, copy=False))
-    return Handle(out + acc.data, acc.dtype.scalar)
+        out = multiply(big_x, small_y, multiply(small_x, big_y, out, True), True)
+    return Handle(multiply(big_x, big_y, out, True), acc.dtype.scalar)
 
 
 # -- the sanitizer ----------------------------------------------------------------------------------------------------

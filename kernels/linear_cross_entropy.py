@@ -77,25 +77,26 @@ class _TokenLogProbs(torch.autograd.Function):
         # ids of this rank's rows; anything else matches no row, ignored tokens included
         ids_T = torch.where(targets_T == head.ignore_index, -1, targets_T - rank * weight_VD.shape[0])
         run = _forward_triton if use_triton(x_TD) else _forward_torch
-        picked_T, lse_T = run(x_TD, weight_VD, ids_T, head.softcap)
+        picked_T, lse_T, lost_T = run(x_TD, weight_VD, ids_T, head.softcap)
         if head.group is not None:
             dist.all_reduce(picked_T, group=head.group)
             parts = [torch.empty_like(lse_T) for _ in range(dist.get_world_size(head.group))]
             dist.all_gather(parts, lse_T, group=head.group)
             lse_T = torch.logsumexp(torch.stack(parts), 0)  # in rank order on every rank: the same bits
+            lost_T = torch.zeros_like(lse_T)
         live_T = targets_T != head.ignore_index
-        ctx.save_for_backward(x_TD, weight_VD, ids_T, lse_T, live_T)
+        ctx.save_for_backward(x_TD, weight_VD, ids_T, lse_T, lost_T, live_T)
         ctx.head = head
-        return torch.where(live_T, picked_T - lse_T, 0.0), torch.where(live_T, lse_T, 0.0)
+        return torch.where(live_T, picked_T - lse_T - lost_T, 0.0), torch.where(live_T, lse_T, 0.0)
 
     @staticmethod
     def backward(ctx, dlog_p_T, dlse_T):
-        x_TD, weight_VD, ids_T, lse_T, live_T = ctx.saved_tensors
+        x_TD, weight_VD, ids_T, lse_T, lost_T, live_T = ctx.saved_tensors
         # d/dlogit = hit * one_hot + soft * p
         hit_T = torch.where(live_T, dlog_p_T, 0.0)
         soft_T = torch.where(live_T, dlse_T - dlog_p_T, 0.0)
         run = _backward_triton if use_triton(x_TD) else _backward_torch
-        dx_TD, dweight_VD = run(x_TD, weight_VD, ids_T, lse_T, hit_T, soft_T, ctx.head.softcap)
+        dx_TD, dweight_VD = run(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, ctx.head.softcap)
         if ctx.head.group is not None:
             dist.all_reduce(dx_TD, group=ctx.head.group)
         return dx_TD.to(x_TD.dtype), dweight_VD.to(weight_VD.dtype), None, None
@@ -124,16 +125,17 @@ def _forward_torch(x_TD, weight_VD, ids_T, softcap):
         picked.append(torch.where(inside_C, logits_CV.gather(1, at_C1)[:, 0], 0.0))
         lse.append(torch.logsumexp(logits_CV, -1))
     empty = x_TD.new_zeros(0, dtype=_wide(x_TD))
-    return torch.cat([empty, *picked]), torch.cat([empty, *lse])
+    lse_T = torch.cat([empty, *lse])
+    return torch.cat([empty, *picked]), lse_T, torch.zeros_like(lse_T)
 
 
-def _backward_torch(x_TD, weight_VD, ids_T, lse_T, hit_T, soft_T, softcap):
+def _backward_torch(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softcap):
     dx_TD = torch.zeros(x_TD.shape, dtype=_wide(x_TD), device=x_TD.device)
     dweight_VD = torch.zeros(weight_VD.shape, dtype=_wide(x_TD), device=x_TD.device)
     for start in range(0, x_TD.shape[0], CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         logits_CV, slope_CV = _logits(x_TD[part], weight_VD, softcap)
-        grad_CV = torch.exp(logits_CV - lse_T[part, None]) * soft_T[part, None]
+        grad_CV = torch.exp(logits_CV - lse_T[part, None] - lost_T[part, None]) * soft_T[part, None]
         inside_C = (ids_T[part] >= 0) & (ids_T[part] < weight_VD.shape[0])
         at_C1 = torch.where(inside_C, ids_T[part], 0)[:, None]
         grad_CV.scatter_add_(1, at_C1, torch.where(inside_C, hit_T[part], 0.0)[:, None])
@@ -153,16 +155,16 @@ def _switches(x_TD, weight_VD, softcap) -> dict[str, Any]:
 
 def _forward_triton(x_TD, weight_VD, ids_T, softcap):
     x_TD, weight_VD = x_TD.contiguous(), weight_VD.contiguous()
-    picked_T, lse_T = (torch.zeros(x_TD.shape[0], dtype=_wide(x_TD), device=x_TD.device) for _ in range(2))
+    picked_T, lse_T, lost_T = (torch.zeros(x_TD.shape[0], dtype=_wide(x_TD), device=x_TD.device) for _ in range(3))
     if x_TD.shape[0]:
         log_prob_kernel[(cdiv(x_TD.shape[0], LOGIT_TILE[0]),)](
-            x_TD, weight_VD, ids_T, picked_T, lse_T, *x_TD.shape[:1], *weight_VD.shape[:1],
+            x_TD, weight_VD, ids_T, picked_T, lse_T, lost_T, *x_TD.shape[:1], *weight_VD.shape[:1],
             **_switches(x_TD, weight_VD, softcap),
         )  # fmt: skip
-    return picked_T, lse_T
+    return picked_T, lse_T, lost_T
 
 
-def _backward_triton(x_TD, weight_VD, ids_T, lse_T, hit_T, soft_T, softcap):
+def _backward_triton(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softcap):
     """Each chunk of tokens makes its (C, V) gradient in one kernel,
     then two dense products: cuBLAS is best at those."""
     x_TD, weight_VD = x_TD.contiguous(), weight_VD.contiguous()
@@ -174,8 +176,8 @@ def _backward_triton(x_TD, weight_VD, ids_T, lse_T, hit_T, soft_T, softcap):
         count = x_TD[part].shape[0]
         grad_CV = torch.empty(count, vocabulary, dtype=x_TD.dtype, device=x_TD.device)
         logit_gradient_kernel[(cdiv(count, LOGIT_TILE[0]), cdiv(vocabulary, LOGIT_TILE[1]))](
-            x_TD[part], weight_VD, ids_T[part], lse_T[part], hit_T[part].contiguous(), soft_T[part].contiguous(),
-            grad_CV,
+            x_TD[part], weight_VD, ids_T[part], lse_T[part], lost_T[part], hit_T[part].contiguous(),
+            soft_T[part].contiguous(), grad_CV,
             count, vocabulary, **_switches(x_TD, weight_VD, softcap),
         )  # fmt: skip
         dx_TD[part] = torch.matmul(grad_CV, weight_VD)
@@ -195,7 +197,10 @@ def logit_tile(
         inside = (d < WIDTH)[None, :]
         x_tile = tl.load(x + t[:, None] * WIDTH + d[None, :], mask=(t < tokens)[:, None] & inside, other=0.0)
         w_tile = tl.load(weight + v[:, None] * WIDTH + d[None, :], mask=(v < vocabulary)[:, None] & inside, other=0.0)
-        logits = tl.dot(x_tile, tl.trans(w_tile), logits, input_precision=PRECISION, out_dtype=COMPUTE)
+        if x.dtype.element_ty == tl.float32:  # one term a step: the rounding errors of one long chain of sums grow
+            logits += tl.dot(x_tile, tl.trans(w_tile), tl.zeros_like(logits), input_precision=PRECISION)
+        else:
+            logits = tl.dot(x_tile, tl.trans(w_tile), logits, input_precision=PRECISION, out_dtype=COMPUTE)
     bend = logits
     if SOFTCAP:
         half = tl.exp(-2.0 * tl.abs(logits) / CAP)  # no overflow: tanh(|x|) = (1 - e) / (1 + e)
@@ -207,10 +212,12 @@ def logit_tile(
 
 @jit
 def log_prob_kernel(
-    x, weight, ids, picked, lse, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr, SOFTCAP: tl.constexpr,
-    BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    x, weight, ids, picked, lse, lost, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One program sweeps the vocabulary for BT tokens with an online softmax."""
+    """One program sweeps the vocabulary for BT tokens with an online softmax; `lost` is what rounding takes from lse,
+    which is large where log p and p are wanted to the last digit."""
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     target = tl.load(ids + t, mask=t < tokens, other=-1)
     top = tl.full([BT], float("-inf"), COMPUTE)
@@ -225,12 +232,14 @@ def log_prob_kernel(
         total = total * tl.exp(top - top_new) + tl.sum(tl.exp(logits - top_new[:, None]), 1)
         top = top_new
     tl.store(picked + t, found, mask=t < tokens)
-    tl.store(lse + t, top + tl.log(total), mask=t < tokens)
+    rest = tl.log(total)
+    tl.store(lse + t, top + rest, mask=t < tokens)
+    tl.store(lost + t, top - (top + rest) + rest, mask=t < tokens)
 
 
 @jit
 def logit_gradient_kernel(
-    x, weight, ids, lse, hit, soft, grad, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr,
+    x, weight, ids, lse, lost, hit, soft, grad, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr,
     SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -239,7 +248,8 @@ def logit_gradient_kernel(
     v = (tl.program_id(1) * BV + tl.arange(0, BV)).to(tl.int64)
     logits, bend = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, SOFTCAP, BT, BV, BD, PRECISION, COMPUTE)
     live = t < tokens
-    p = tl.exp(logits - tl.load(lse + t, mask=live, other=float("inf"))[:, None])
+    rounding = tl.load(lost + t, mask=live, other=0.0)[:, None]
+    p = tl.exp(logits - tl.load(lse + t, mask=live, other=float("inf"))[:, None] - rounding)
     out = p * tl.load(soft + t, mask=live, other=0.0)[:, None]
     is_target = tl.load(ids + t, mask=live, other=-1)[:, None] == v[None, :]
     out = tl.where(is_target, out + tl.load(hit + t, mask=live, other=0.0)[:, None], out)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_bars import hold_bars, run_all_ways
+from shipyard.kernels.accuracy import hold_bars, run_all_ways
 from shipyard.kernels.attention import Tile, attention_reference, flash_attention
 from shipyard.kernels.interpreter import Sanitizer, poisoned
 

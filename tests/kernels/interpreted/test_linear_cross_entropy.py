@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_bars import hold_bars, run_all_ways
+from shipyard.kernels.accuracy import hold_bars, run_all_ways
 from shipyard.kernels.interpreter import Sanitizer
 from shipyard.kernels.linear_cross_entropy import linear_cross_entropy, reference_log_probs, token_log_probs
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_bars import hold_bars, run_all_ways
+from shipyard.kernels.accuracy import hold_bars, run_all_ways
 from shipyard.kernels.interpreter import Sanitizer, poisoned
 from shipyard.kernels.rms_norm import rms_norm, rms_norm_reference
 from shipyard.kernels.swiglu import swiglu, swiglu_reference

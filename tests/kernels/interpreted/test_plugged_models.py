@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_bars import hold_bars
+from shipyard.kernels.accuracy import MAX_BAR, CardProducts, error_ratios
 from shipyard.kernels.huggingface import plug
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -28,13 +28,14 @@ LENGTHS = [5, 1, 12]
 def step(model, ids, positions, labels):
     """Loss and gradients of one packed step."""
     model.zero_grad()
-    loss = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss
-    loss.backward()
+    with CardProducts():
+        loss = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss
+        loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-def batch(vocabulary, lengths):
-    torch.manual_seed(1)
+def batch(vocabulary, lengths, seed=1):
+    torch.manual_seed(seed)
     ids = torch.randint(0, vocabulary, (1, sum(lengths)))
     return ids, torch.cat([torch.arange(length) for length in lengths])[None], ids.masked_fill(ids % 4 == 0, -100)
 
@@ -66,21 +67,30 @@ def smollm_shape(layers=2):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_training_step_at_smollm_shape(dtype):
-    """Loss and every gradient within the bars: no further from fp64 than the PyTorch path in the same dtype."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(smollm_shape(), attn_implementation="eager").train()
-    ids, positions, labels = batch(1024, [20, 9])
-    state = {name: p.detach().to(dtype) for name, p in model.state_dict().items()}
-    model.to(dtype).load_state_dict(state)
-    eager = step(model, ids, positions, labels)
-    plugged = plug(model, "triton")
-    mine = step(model, ids, positions, labels)
-    plugged.remove()
-    model.double()
-    exact = step(model, ids, positions, labels)
-    # all gradients as one vector: a single small tensor's ratio is luck
-    flat = [[torch.cat([x.flatten() for x in way[1:]])] for way in (mine, eager, exact)]
-    hold_bars(f"training step {dtype}", *flat)
-    assert abs(mine[0].double() - exact[0]) <= 2 * abs(eager[0].double() - exact[0]) + 1e-6
+@pytest.mark.parametrize(
+    ("dtype", "draws"),
+    [(torch.bfloat16, 1), pytest.param(torch.float32, 6, marks=pytest.mark.kernels_full)],
+)
+def test_one_training_step_at_smollm_shape(dtype, draws):
+    """Loss and every gradient, pooled, no further from fp64 than the PyTorch path in the same dtype.
+
+    In fp32 most of the error is that of the linear layers, which both paths share: one draw's ratio is 0.97 to 1.03 by
+    luck, so several are taken and their mean may pass 1 by twice its standard error.
+    """
+    ratios = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(smollm_shape(), attn_implementation="eager").train().to(dtype)
+        ids, positions, labels = batch(1024, [20, 9], seed + 100)
+        eager = step(model, ids, positions, labels)
+        plugged = plug(model, "triton")
+        mine = step(model, ids, positions, labels)
+        plugged.remove()
+        exact = step(model.double(), ids, positions, labels)
+        # all gradients as one vector: a single small tensor's ratio is luck
+        flat = [[torch.cat([x.flatten() for x in way[1:]])] for way in (mine, eager, exact)]
+        ratios += error_ratios(f"training step {dtype}", *flat)
+        assert abs(mine[0].double() - exact[0]) <= 2 * abs(eager[0].double() - exact[0]) + 1e-6
+    logs = torch.tensor([ratio.rms for ratio in ratios]).log()
+    assert logs.mean() <= (2 * logs.std() / draws**0.5 if draws > 1 else 0.0), ratios
+    assert max(ratio.largest for ratio in ratios) <= MAX_BAR

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_bars import hold_bars, run_all_ways
+from shipyard.kernels.accuracy import hold_bars, run_all_ways
 from shipyard.kernels.interpreter import Sanitizer, poisoned
 from shipyard.kernels.rope import inverse_frequencies, rope, rope_reference, rope_tables
 from transformers import LlamaConfig

@@ -1,0 +1,118 @@
+"""Error against fp64 beside that of PyTorch's eager code in the same dtype: how it is measured, and the bars.
+
+Both sides compute as a card does. The kernel runs in the faithful interpreter, and eager code runs with its matrix
+products in the same arithmetic (`CardProducts`): what a BLAS for CPUs does, and how it orders its sums on this or that
+processor, says nothing about the two on a GPU.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .interpreter import multiply
+
+RMS_BAR, MAX_BAR = 1.0, 2.0
+ROWS_AT_ONCE = 64  # of a product: its accumulators stay in the cache
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Error of one output or gradient over eager's: root mean square, and largest."""
+
+    name: str
+    rms: float
+    largest: float
+
+    @property
+    def holds(self) -> bool:
+        return self.rms <= RMS_BAR and self.largest <= MAX_BAR  # NaN does not hold
+
+
+class CardProducts(TorchDispatchMode):
+    """Inside it, products of fp32, fp16 and bf16 matrices on the CPU add up as in `interpreter.multiply`."""
+
+    KINDS = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype in self.KINDS and not args[0].is_cuda:
+            if name in ("aten.mm.default", "aten.bmm.default"):
+                return _product(*args)
+            if name == "aten.addmm.default":
+                return _product(*args[1:], bias=args[0])
+            assert not name.startswith(("aten.addmm", "aten.baddbmm", "aten.mv.", "aten.dot.")), f"{name}: not modelled"
+        return func(*args, **(kwargs or {}))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(M,K) x (K,N), or a batch of them, in fp32; then rounded to the operands' dtype."""
+    half = a.dtype != torch.float32
+    left, right = ((x if x.ndim == 3 else x[None]).detach().float().numpy() for x in (a, b))
+    out = np.zeros((left.shape[0], left.shape[1], right.shape[2]), np.float32)
+    for batch in range(out.shape[0]):
+        for row in range(0, out.shape[1], ROWS_AT_ONCE):
+            rows = slice(row, row + ROWS_AT_ONCE)
+            out[batch, rows] = multiply(left[batch, rows], right[batch], out[batch, rows], half)
+    total = torch.from_numpy(out).view(*a.shape[:-1], b.shape[-1])
+    return (total if bias is None else total + bias.float()).to(a.dtype)
+
+
+def run_all_ways(
+    mine: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[torch.Tensor], extras: Sequence[Any] = ()
+) -> list[list[torch.Tensor]]:
+    """Outputs and input gradients of `mine`, and of `reference` in the inputs' dtype and in fp64."""
+    results = []
+    generator = torch.Generator().manual_seed(7)
+    seeds: list[torch.Tensor] = []
+    for function, wide in ((mine, False), (reference, False), (reference, True)):
+        leaves = [x.detach().to(torch.float64 if wide else x.dtype).requires_grad_() for x in inputs]
+        with CardProducts():
+            outs = function(*leaves, *extras)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            seeds = seeds or [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
+            grads = [s.to(o.dtype) for s, o in zip(seeds, outs, strict=True)]
+            results.append([o.detach() for o in outs] + list(torch.autograd.grad(outs, leaves, grads)))
+    return results
+
+
+def error_ratios(
+    name: str,
+    mine: Sequence[torch.Tensor],
+    eager: Sequence[torch.Tensor],
+    exact: Sequence[torch.Tensor],
+    cancels: bool = False,
+) -> Iterator[Ratio]:
+    """Compares lists of tensors; `exact` is fp64. Appends the ratios to $SHIPYARD_KERNEL_RATIOS where that is set.
+
+    With `cancels` the exact gradients are nearly zero: errors below an eighth of eps of the largest tensor are equal.
+    """
+    scale = max(z.abs().max().item() for z in exact) * cancels
+    for index, (x, y, z) in enumerate(zip(mine, eager, exact, strict=True)):
+        assert x.dtype == y.dtype, name
+        error, theirs = (x.double() - z).flatten(), (y.double() - z).flatten()
+        eps = torch.finfo(x.dtype).eps
+        floor = eps * max(z.abs().max().item() * 2**-6, scale / 8) + 1e-300  # exact results have no error to beat
+        rms = error.pow(2).mean().sqrt().item() / max(theirs.pow(2).mean().sqrt().item(), floor)
+        ratio = Ratio(f"{name}[{index}]", rms, error.abs().max().item() / max(theirs.abs().max().item(), floor))
+        if path := os.environ.get("SHIPYARD_KERNEL_RATIOS"):
+            with open(path, "a") as file:
+                file.write(json.dumps({"name": ratio.name, "rms": ratio.rms, "max": ratio.largest}) + "\n")
+        yield ratio
+
+
+def hold_bars(
+    name: str,
+    mine: Sequence[torch.Tensor],
+    eager: Sequence[torch.Tensor],
+    exact: Sequence[torch.Tensor],
+    cancels: bool = False,
+) -> None:
+    """Raises AssertionError for the first of `error_ratios` that does not hold."""
+    for ratio in error_ratios(name, mine, eager, exact, cancels):
+        assert ratio.holds, f"{ratio.name}: RMS error {ratio.rms:.4f}, largest {ratio.largest:.3f} of eager's"
