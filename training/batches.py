@@ -75,6 +75,29 @@ def share(items: Sequence[Item], size: int, micro: int, world_size: int, rank: i
     return [items[start : start + micro] for start in starts]
 
 
+def tree_block(leaves: int, world_size: int, rank: int) -> range:
+    """Numbers of the micro-batches that a rank owns when a binary tree adds them up: one whole subtree, maybe empty.
+
+    The tree halves a row of leaves, the larger half on the left, and depends on their number alone. `world_size` must
+    be a power of two; no rank owns more than ceil(leaves / world_size).
+    """
+    assert world_size & (world_size - 1) == 0
+    block, ranks = range(leaves), world_size
+    while ranks > 1:
+        ranks //= 2
+        middle = (len(block) + 1) // 2
+        block = block[middle:] if rank & ranks else block[:middle]
+    return block
+
+
+def tree_merges(leaves: int) -> list[int]:
+    """How many additions follow each leaf, when a tree's sums are made from left to right on a stack."""
+    if leaves == 1:
+        return [0]
+    left, right = tree_merges((leaves + 1) // 2), tree_merges(leaves // 2)
+    return [*left, *right[:-1], right[-1] + 1]
+
+
 def collate(documents: Sequence[Tokens], packing: bool) -> MicroBatch:
     """Lay documents out for one forward pass; an empty list gives one inert row of weight zero.
 

@@ -6,12 +6,13 @@ this, so every engine computes the same sum.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .batches import Item, share
 from .ranks import Ranks
 from .recipe import Recipe
 
@@ -39,16 +40,28 @@ class Engine:
     def __init__(self, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         self.ranks = ranks
         self.module = model.to(ranks.device)
-        self.model: nn.Module = self.module
-        if ranks.world_size > 1:
-            devices = [ranks.device] if ranks.device.type == "cuda" else None
-            self.model = nn.parallel.DistributedDataParallel(self.module, device_ids=devices)
+        self.model = self._distribute()
         self.optimizer = optimizer
         self.max_grad_norm = recipe.optim.max_grad_norm
         self.autocast = recipe.model.dtype == "bfloat16" and recipe.lora.rank == 0
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.updates = 0
         """Optimizer steps taken, which Adam's bias correction counts: steps that were skipped are not among them."""
+
+    def _distribute(self) -> nn.Module:
+        """What the methods call in place of `module`."""
+        if self.ranks.world_size == 1:
+            return self.module
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.module, device_ids=devices)
+
+    def share(self, items: Sequence[Item], size: int, micro: int) -> list[Sequence[Item]]:
+        """This rank's micro-batches of a global batch, at least one, some maybe without items."""
+        return share(items, size, micro, self.ranks.world_size, self.ranks.rank)
+
+    def total(self, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Logged numbers of this rank's micro-batches, added up over these and over ranks. Collective."""
+        return self.ranks.sum({key: sum(part[key] for part in parts) for key in parts[0]})
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of one micro-batch, whose loss is already divided by the global denominator."""

@@ -19,7 +19,7 @@ from .method import Method, device_of
 from .ranks import Ranks
 from .recipe import Recipe
 from .reference import Reference
-from .rollout import generate
+from .rollout import Reply, generate
 from .tasks import Question, Task
 
 
@@ -112,10 +112,14 @@ class GroupRelativeTuning(Method[Rollout]):
         questions = [self.task.question(number) for number in numbers]
         prompts = [self.prompt(question) for question in questions]
         mine = range(self.ranks.rank, groups, self.ranks.world_size)
-        sampled = generate(
-            self.policy, [prompts[group] for group in mine], settings.max_new_tokens, self.encoder.end_ids,
-            settings.temperature, [(seed, numbers[group]) for group in mine], settings.group_size,
-        ) if len(mine) else []  # fmt: skip
+        # One prompt at a time where bits may not depend on who else is in the batch
+        together = 1 if self.recipe.deterministic == "elastic" else groups
+        sampled: list[list[Reply]] = []
+        for part in (mine[start : start + together] for start in range(0, len(mine), together)):
+            sampled += generate(
+                self.policy, [prompts[group] for group in part], settings.max_new_tokens, self.encoder.end_ids,
+                settings.temperature, [(seed, numbers[group]) for group in part], settings.group_size,
+            )  # fmt: skip
         rows: list[list[int]] = []
         for group, replies in zip(mine, sampled, strict=True):
             for reply in replies:

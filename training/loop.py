@@ -17,7 +17,7 @@ import xxhash
 
 from ..kernels.huggingface import plug
 from . import checkpoint, finish
-from .batches import share, steps_per_epoch
+from .batches import steps_per_epoch
 from .dataset import Dataset, Pair, Sample, load_dataset
 from .dpo import PreferenceTuning
 from .engine import Engine
@@ -116,18 +116,18 @@ def run_step(
 
     Raises ValueError, weights untouched, when the global loss is not a finite number.
     """
-    ranks, batch = engine.ranks, recipe.batch
+    batch = recipe.batch
     items = method.batch(step)
     totals = method.totals(items)
     useful = method.useful(items)
-    parts: dict[str, float] = {}
-    micro_batches = share(useful, batch.size, batch.micro, ranks.world_size, ranks.rank)
+    parts: list[dict[str, float]] = []
+    micro_batches = engine.share(useful, batch.size, batch.micro)
     for number, micro_items in enumerate(micro_batches):
         with engine.micro_batch(last=number == len(micro_batches) - 1):
             loss, numbers = method.loss(engine.model, micro_items, totals)
             engine.backward(loss, last=number == len(micro_batches) - 1)
-        parts = {key: parts.get(key, 0.0) + value for key, value in numbers.items()}
-    values = ranks.sum({**parts, "asked_to_stop": float(asked_to_stop)})
+        parts.append({**numbers, "asked_to_stop": float(asked_to_stop)})
+    values = engine.total(parts)
     if values["loss"] != values["loss"] or abs(values["loss"]) == float("inf"):
         raise ValueError(
             f"loss: step {step + 1} gives {values['loss']}, and no weight was changed; lower optim.lr "
@@ -166,8 +166,9 @@ def _refuse_other_run(found: Manifest, recipe: Recipe) -> None:
 def identity(recipe: Recipe) -> str:
     """Hash of every knob that decides what is computed. Runs of equal identity may continue each other."""
     tree = recipe.model_dump(mode="json", exclude=set(CUT_KNOBS))
-    tree["batch"].pop("micro")
-    tree["model"].pop("kernels")
+    if recipe.deterministic == "off":  # else they decide the last bit
+        tree["batch"].pop("micro")
+        tree["model"].pop("kernels")
     tree["model"].pop("activation_checkpointing")
     return xxhash.xxh3_128_hexdigest(repr(sorted(_flat(tree, ""))).encode())
 

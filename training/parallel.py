@@ -10,6 +10,10 @@ from .recipe import Recipe
 
 def build_engine(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> Engine:
     """Wrap model and optimizer in the recipe's engine."""
+    if recipe.deterministic == "elastic":
+        from .elastic import ElasticEngine
+
+        return ElasticEngine(ranks, model, optimizer, recipe)
     if recipe.parallel.engine == "ddp":
         return Engine(ranks, model, optimizer, recipe)
     from .zero import ZeroEngine

@@ -82,7 +82,22 @@ def start(recipe: Recipe) -> Ranks:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[limits])
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     assert accelerator.num_processes == world_size, "processes were started but did not find each other"
+    if recipe.deterministic == "elastic":
+        _fix_arithmetic(world_size)
     return Ranks(accelerator.process_index, world_size, accelerator.device)
+
+
+def _fix_arithmetic(world_size: int) -> None:
+    """Make this process compute the same bits whatever the job's size. Raises ValueError for odd world sizes."""
+    if world_size & (world_size - 1):
+        raise ValueError(
+            f"deterministic: elastic adds gradients in a binary tree over ranks, so these must be a power of two, "
+            f"not {world_size}; start {1 << (world_size.bit_length() - 1)}, or set deterministic: off"
+        )
+    torch.set_num_threads(1)  # sums inside a matrix product are cut by threads
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def _rendezvous_alone() -> None:

@@ -207,6 +207,10 @@ class Recipe(Section):
                 "parallel.offload: ddp has nothing to offload; use zero2 or zero3, or set offload: none",
             ),
             (
+                self.deterministic == "elastic" and self.parallel.engine != "ddp",
+                "parallel.engine: deterministic: elastic keeps all on every rank; use ddp, or deterministic: off",
+            ),
+            (
                 self.method == "grpo" and not self.data.train.startswith("task:"),
                 "data.train: grpo needs a task with a verifier; use task:NAME, chain_sum for instance",
             ),
