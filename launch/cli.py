@@ -3,7 +3,6 @@
 Exit codes: 0 success, 1 a check failed or a bug (with its traceback), 2 a user's mistake (one line), 130 Ctrl-C.
 """
 
-import errno
 import json
 import logging
 import os
@@ -14,6 +13,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .mistakes import extra_with, mistake, os_error, usage
+
 app = typer.Typer(
     name="shipyard",
     help="Pretrain, fine-tune, align, evaluate, export and serve language models, with proof at every stage.",
@@ -23,16 +24,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data as the model will see it.")
 app.add_typer(data_app, name="data")
-
-EXTRAS = {  # what brings a module that is missing
-    "train": "torch transformers trl peft accelerate deepspeed bitsandbytes datasets safetensors gguf numpy",
-    "serve": "fastapi uvicorn httpx openai",
-    "llamacpp": "xllamacpp",
-    "vllm": "vllm",
-    "kernels": "triton",
-    "evals": "matplotlib",
-    "track": "tensorboard wandb",
-}
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, launch/recipes/*.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, optim.lr=1e-4 say")]
@@ -271,54 +262,25 @@ def run_command(arguments: Sequence[str]) -> int:
     except typer.Abort:
         return 130
     except typer.TyperException as error:
-        return _mistake(_usage(error))
+        return mistake(usage(error))
     except KeyboardInterrupt:
-        return _mistake("interrupted", 130)
+        return mistake("interrupted", 130)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        extra = next((extra for extra, modules in EXTRAS.items() if missing in modules.split()), None)
+        extra = extra_with(missing)
         if extra is None:
             raise
-        return _mistake(f"{missing} is not installed; pip install 'shipyard-llm[{extra}]', then shipyard doctor")
+        return mistake(f"{missing} is not installed; pip install 'shipyard-llm[{extra}]', then shipyard doctor")
     except ValueError as error:
         if type(error) is not ValueError and not isinstance(error, UnicodeError):
             raise
-        return _mistake(str(error))
+        return mistake(str(error))
     except OSError as error:
-        message = _os_error(error)
+        message = os_error(error)
         if message is None:
             raise
-        return _mistake(message)
+        return mistake(message)
     return code if isinstance(code, int) else 0
-
-
-def _usage(error: typer.TyperException) -> str:
-    text = error.format_message()
-    if not text:  # `shipyard` alone prints its help
-        return ""
-    text = " ".join(text.split()).rstrip(".")
-    return text if "help" in text else f"{text}; see shipyard --help"
-
-
-def _os_error(error: OSError) -> str | None:
-    """One line for what a user can mend, None for the rest."""
-    name = error.filename or "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"disk: no space left while writing {name}; free some, or set another run_dir"
-    if isinstance(error, FileNotFoundError):
-        return f"file: {name} does not exist; check the path" if error.filename else str(error)
-    if isinstance(error, PermissionError):
-        return f"file: {name} may not be opened ({error.strerror}); check its owner and mode"
-    if error.errno == errno.EADDRINUSE:
-        return "port: another program listens on it; give another --port"
-    return None
-
-
-def _mistake(message: str, code: int = 2) -> int:
-    if message and os.environ.get("LOCAL_RANK", "0") == "0":
-        line = " ".join(message.split())
-        sys.stderr.write(f"shipyard: error: {line}\n")
-    return code
 
 
 def _quiet_libraries() -> None:
