@@ -66,7 +66,7 @@ def estimate(recipe: Recipe, config: Shape, world_size: int) -> list[tuple[str, 
     total = sum(counts.values())
     trained = count_lora(config, recipe.lora.rank, recipe.lora.targets) if recipe.lora.rank else total
     width = DTYPE_BYTES[recipe.model.dtype]
-    stage = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}[recipe.parallel.engine]
+    stage = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp2": 3}[recipe.parallel.engine]
     weights_ranks = world_size if stage >= 3 else 1
 
     frozen = recipe.lora.rank > 0

@@ -6,6 +6,7 @@ this, so every engine computes the same sum.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,16 +78,23 @@ class Engine:
                 scope.enter_context(torch.autocast(self.ranks.device.type, torch.bfloat16))
             yield
 
-    def step(self, lr: float) -> float:
-        """Clip, update, clear; return the global norm before clipping. One that is not finite updates nothing."""
-        norm = float(nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm))
-        if norm == norm and norm != float("inf"):
+    def step(self, lr: float, largest: float = math.inf) -> float:
+        """Clip, update, clear; return the global norm before clipping. Collective.
+
+        A norm that is not finite, or beyond `largest`, updates nothing: weights and moments stay as they were.
+        """
+        norm = self.clip()
+        if math.isfinite(norm) and norm <= largest:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
         return norm
+
+    def clip(self) -> float:
+        """Scale gradients down to `max_grad_norm`; return their global norm before that. Collective."""
+        return float(nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm))
 
     def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]

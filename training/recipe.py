@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -109,7 +109,7 @@ class Parallel(Section):
     tensor: PositiveInt = Field(default=1, description="ranks that share each layer (tensor parallel)")
     context: PositiveInt = Field(default=1, description="ranks that share each sequence (context parallel)")
     offload: Literal["none", "cpu"] = Field(
-        default="none", description="where ZeRO keeps optimizer state (and ZeRO-3 weights)"
+        default="none", description="where ZeRO keeps optimizer state (ZeRO-3 and FSDP2: weights too)"
     )
     timeout_s: PositiveInt = 1800
 
@@ -182,6 +182,11 @@ class Recipe(Section):
     dpo: Dpo = Dpo()
     grpo: Grpo = Grpo()
 
+    @field_validator("deterministic", mode="before")
+    @classmethod
+    def _off_without_quotes(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
         rules = (
@@ -199,12 +204,12 @@ class Recipe(Section):
                 "model.quantize: nf4 weights are frozen, so there is nothing to train; set lora.rank (16, say)",
             ),
             (
-                self.model.quantize == "nf4" and self.parallel.engine == "zero3",
-                "parallel.engine: zero3 cannot partition nf4 weights; use zero2, or model.quantize: none",
+                self.model.quantize == "nf4" and self.parallel.engine in ("zero3", "fsdp2"),
+                f"parallel.engine: {self.parallel.engine} cannot cut nf4 weights; use zero2, or model.quantize: none",
             ),
             (
                 self.parallel.offload == "cpu" and self.parallel.engine == "ddp",
-                "parallel.offload: ddp has nothing to offload; use zero2 or zero3, or set offload: none",
+                "parallel.offload: ddp has nothing to offload; use fsdp2, zero2 or zero3, or set offload: none",
             ),
             (
                 self.deterministic == "elastic" and self.parallel.engine != "ddp",
@@ -223,8 +228,9 @@ class Recipe(Section):
                 "epochs: a task generates without end; give `steps`",
             ),
             (
-                self.method == "grpo" and self.parallel.engine == "zero3",
-                "parallel.engine: grpo samples from weights in place, which zero3 scatters; use ddp, zero1 or zero2",
+                self.method == "grpo" and self.parallel.engine in ("zero3", "fsdp2"),
+                f"parallel.engine: grpo samples from weights in place, which {self.parallel.engine} scatters; use ddp, "
+                "zero1 or zero2",
             ),
             (
                 self.data.prompt is not None and self.data.completion is None and self.method == "sft",

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-1, 2 and 3 behind the engine interface."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,13 +37,34 @@ class ZeroEngine(Engine):
     def micro_batch(self, last: bool) -> Iterator[None]:
         yield
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, largest: float = math.inf) -> float:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        norm = self._spoil_beyond(largest) if largest < math.inf else math.nan
         self.deepspeed.step()
-        self.updates += 1
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        taken = self.deepspeed.get_global_grad_norm()
+        if taken is not None and math.isfinite(taken):
+            self.updates += 1
+            return float(taken)
+        return norm
+
+    def _spoil_beyond(self, largest: float) -> float:
+        """Return the norm that DeepSpeed is about to clip; beyond `largest`, make it discard the step.
+
+        DeepSpeed's own way to leave weights alone is an overflow, so a gradient is made one.
+        """
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        inner = self.deepspeed.optimizer
+        inner_norm = (
+            inner.scaled_global_norm() if self.stage < 3 else combine_grad_norm_groups(inner._get_norm_groups())
+        )
+        norm = float(inner_norm)
+        if not norm <= largest:
+            for gradients in inner.averaged_gradients.values():
+                for gradient in gradients:
+                    gradient.fill_(math.nan)
+        return norm if norm >= 0 else math.nan  # DeepSpeed's word for a norm that is not finite is -1
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:

@@ -142,7 +142,7 @@ def test_written_then_started_or_said_what_is_missing(
 
 
 def test_checked_in_scripts_set_what_generated_ones_set() -> None:
-    """One text says how ranks start; ranks.sh and six generators must not drift apart. The scripts' recipes are there."""
+    """One text says how ranks start; ranks.sh and six generators must not drift apart."""
     text = (ROOT / "launch" / "ranks.sh").read_text()
     assert ENVIRONMENT in text
     launcher = text[text.index("exec ") :].replace("launch/accelerate/nodes.yaml", '"$config"')

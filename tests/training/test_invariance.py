@@ -1,8 +1,8 @@
 """One global batch, every cut of it: the same loss, gradient norm and weights, through the command line.
 
-Runs of real processes under `accelerate launch`: one rank is the reference, two ranks under DDP and DeepSpeed ZeRO-1,
-2 and 3 must equal it. 22 rows in batches of 8, micro-batches of 3: accumulation, a ragged last window (6 rows),
-ranks with an empty micro-batch, and rows of very different lengths.
+Runs of real processes under `accelerate launch`: one rank is the reference, two ranks under DDP, FSDP2 and
+DeepSpeed ZeRO-1, 2 and 3 must equal it. 22 rows in batches of 8, micro-batches of 3: accumulation, a ragged last
+window (6 rows), ranks with an empty micro-batch, and rows of very different lengths.
 """
 
 import json
@@ -54,7 +54,7 @@ def one_rank(tmp_path_factory, tiny_model, chat_rows, shipyard) -> tuple[Path, P
     return recipe, folder / "one"
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_two_ranks_equal_one(engine: str, one_rank: tuple[Path, Path], shipyard, tmp_path: Path) -> None:
     recipe, reference = one_rank
     done = shipyard("train", recipe, f"run_dir={tmp_path / 'two'}", f"parallel.engine={engine}", ranks=2)
