@@ -31,12 +31,14 @@ class Tokens(Protocol):
 class MicroBatch:
     """One forward pass on one rank.
 
-    `keep_K` are the columns whose hidden state predicts a target, so that the vocabulary head runs on these alone;
-    `select_N` picks the targets out of the (B*K) logits; `row_N` says which document a target belongs to.
+    `real_BT` is false at padding; `keep_K` are the columns whose hidden state predicts a target, so that the
+    vocabulary head runs on these alone; `select_N` picks the targets out of the (B*K) logits; `row_N` says which
+    document a target belongs to.
     """
 
     ids_BT: Tensor
     positions_BT: Tensor
+    real_BT: Tensor
     keep_K: Tensor
     select_N: Tensor
     targets_N: Tensor
@@ -111,9 +113,13 @@ def collate(documents: Sequence[Tokens], packing: bool) -> MicroBatch:
         assert not mask[0], "the first token of a document has nothing to predict it from"
     layout = _packed if packing else _padded
     ids_BT, positions_BT, keep_K, select_N, targets_N, row_N = layout(ids, masks)
+    lengths = np.array(
+        [[0 if inert else sum(map(len, ids))]] if packing else [[0 if inert else len(row)] for row in ids]
+    )
     return MicroBatch(
         ids_BT=torch.from_numpy(ids_BT),
         positions_BT=torch.from_numpy(positions_BT),
+        real_BT=torch.from_numpy(np.arange(ids_BT.shape[1]) < lengths),
         keep_K=torch.from_numpy(keep_K),
         select_N=torch.from_numpy(select_N),
         targets_N=torch.from_numpy(targets_N),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Item, share
+from .optim import moment_names, set_learning_rate
 from .ranks import Ranks
 from .recipe import Recipe
 
@@ -85,8 +86,7 @@ class Engine:
         """
         norm = self.clip()
         if math.isfinite(norm) and norm <= largest:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad()
@@ -136,7 +136,7 @@ class Engine:
 
     def moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """The parts, besides the value, that the optimizer keeps of a parameter."""
-        return ("exp_avg", "exp_avg_sq")
+        return moment_names(self.optimizer, parameter)
 
 
 def moments(state: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ def train(recipe: Recipe) -> Path:
         model.enable_input_require_grads()
     needs_reference = recipe.method == "dpo" or (recipe.method == "grpo" and recipe.grpo.beta > 0)
     reference = Reference(model) if needs_reference else None
-    optimizer = build_optimizer(recipe.optim, model.named_parameters())
+    optimizer = build_optimizer(recipe, model)
     engine = build_engine(ranks, model, optimizer, recipe)
     method = _method(recipe, ranks, engine, tokenizer, data, reference)
     _claim(recipe, run_dir, ranks)

@@ -21,7 +21,12 @@ CHUNK_LOGITS = 1 << 26
 
 
 def target_log_probs(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
-    """Log-probability of every supervised target, fp32, shape (N,), gradients on.
+    """Log-probability of every supervised target, fp32, shape (N,), gradients on."""
+    return target_terms(model, batch, temperature)[0]
+
+
+def target_terms(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of every supervised target and log Z of its softmax, fp32, (N,) both, gradients on.
 
     The head runs on the kept columns only. `use_cache=False` and no attention mask: with either, transformers lets
     packed documents see each other.
@@ -32,21 +37,30 @@ def target_log_probs(model: nn.Module, batch: MicroBatch, temperature: float = 1
     logits_NV = logits_BKV.reshape(-1, logits_BKV.shape[-1])
     if len(batch.select_N) != len(logits_NV):
         logits_NV = logits_NV[batch.select_N]
-    return gather_log_probs(logits_NV, batch.targets_N, temperature)
+    return gather_terms(logits_NV, batch.targets_N, temperature)
 
 
 def gather_log_probs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the targets, in fp32, shape (N,), a chunk of rows at a time."""
+    """log softmax(logits / temperature) at the targets, in fp32, shape (N,)."""
+    return gather_terms(logits_NV, targets_N, temperature)[0]
+
+
+def gather_terms(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at the targets and the log of its denominator Z, in fp32, (N,) both, a chunk of
+    rows at a time."""
     rows = max(1, CHUNK_LOGITS // logits_NV.shape[-1])
     if len(logits_NV) <= rows:
-        return _log_probs(logits_NV, targets_N, temperature)
+        return _terms(logits_NV, targets_N, temperature)
     parts = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
-    recomputed = [checkpoint(_log_probs, part, targets, temperature, use_reentrant=False) for part, targets in parts]
-    return torch.cat(recomputed)
+    recomputed = [checkpoint(_terms, part, targets, temperature, use_reentrant=False) for part, targets in parts]
+    logp, log_z = zip(*recomputed, strict=True)  # pyright: ignore[reportArgumentType]
+    return torch.cat(logp), torch.cat(log_z)
 
 
-def _log_probs(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-    return -F.cross_entropy(logits_NV.float() / temperature, targets_N, reduction="none")
+def _terms(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    scaled_NV = logits_NV.float() / temperature
+    logp_N = -F.cross_entropy(scaled_NV, targets_N, reduction="none")
+    return logp_N, scaled_NV.gather(-1, targets_N[:, None])[:, 0] - logp_N
 
 
 def per_document(values_N: Tensor, batch: MicroBatch) -> Tensor:
@@ -57,6 +71,12 @@ def per_document(values_N: Tensor, batch: MicroBatch) -> Tensor:
 def nll_sum(logp_N: Tensor, weights_N: Tensor) -> Tensor:
     """Negative log-likelihood summed over targets; divide by the global number of supervised tokens."""
     return -(logp_N * weights_N).sum()
+
+
+def z_sum(log_z_N: Tensor, weights_N: Tensor) -> Tensor:
+    """log(Z)^2 summed over targets (Chowdhery et al. 2022, PaLM, section 5), the pull of softmax denominators to one;
+    divide by the global number of supervised tokens."""
+    return (log_z_N.square() * weights_N).sum()
 
 
 def dpo_losses(

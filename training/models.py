@@ -16,8 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
 
 from . import recipe as recipes
+from .init import initialise
 
 SCRATCH = "scratch"
 
@@ -79,9 +81,11 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
     if model.name == SCRATCH:
         if model.shape is None:
             raise ValueError("model.shape: a model from scratch needs one; name a file of launch/shapes")
-        torch.manual_seed(seed)
-        tree = shape_config(model.shape)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree), dtype=dtype)
+        with no_init_weights():
+            loaded = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape_config(model.shape)), dtype=dtype)
+        loaded.tie_weights()  # that, too, was left undone
+        initialise(loaded, model, seed)
+        return for_training(loaded)
     quantization = None
     if model.quantize == "nf4":
         quantization = BitsAndBytesConfig(
@@ -101,7 +105,18 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
     except OSError as error:
         raise ValueError(_unreachable("model.name", model.name, error)) from None
     keep_one_arithmetic(loaded)
-    return loaded
+    return for_training(loaded)
+
+
+def for_training(model: PreTrainedModel) -> PreTrainedModel:
+    """Put a model into training mode, without which activation checkpointing does nothing, and dropout to zero: its
+    random numbers would make the loss depend on how a batch is cut, and one pass over much text needs none."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    return model.train()
 
 
 def keep_one_arithmetic(model: nn.Module) -> None:

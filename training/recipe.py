@@ -216,6 +216,23 @@ class Recipe(Section):
                 "parallel.engine: deterministic: elastic keeps all on every rank; use ddp, or deterministic: off",
             ),
             (
+                self.optim.name == "muon" and self.parallel.engine.startswith("zero"),
+                f"optim.name: muon needs whole matrices, and {self.parallel.engine} gives it flat pieces of them; use "
+                "parallel.engine ddp or fsdp2, or optim.name: adamw",
+            ),
+            (
+                self.optim.name == "muon" and self.lora.rank > 0,
+                "optim.name: muon is for the hidden matrices of a whole model, not for adapters; use adamw",
+            ),
+            (
+                self.optim.z_loss > 0 and self.method not in ("sft", "pretrain"),
+                f"optim.z_loss: belongs to the next-token loss, which {self.method} has not; set it to 0",
+            ),
+            (
+                self.model.init == "mup" and self.lora.rank > 0,
+                "model.init: muP has no rule for adapters; use init: scaled, or lora.rank: 0",
+            ),
+            (
                 self.method == "grpo" and not self.data.train.startswith("task:"),
                 "data.train: grpo needs a task with a verifier; use task:NAME, chain_sum for instance",
             ),

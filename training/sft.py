@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .batches import batch_indices, collate
 from .dataset import Sample
-from .loss import nll_sum, target_log_probs
+from .loss import nll_sum, target_terms, z_sum
 from .method import Method, device_of
 from .recipe import Recipe
 
@@ -32,6 +32,9 @@ class SupervisedTuning(Method[Sample]):
     ) -> tuple[Tensor, dict[str, float]]:
         """This micro-batch's part of the global loss, and its part of every logged number."""
         batch = collate(items, self.recipe.batch.packing).to(device_of(model))
-        logp_N = target_log_probs(model, batch)
-        loss = nll_sum(logp_N, batch.weights_N) / totals["supervised"]
-        return loss, {"loss": float(loss.detach())}
+        logp_N, log_z_N = target_terms(model, batch)
+        nll = nll_sum(logp_N, batch.weights_N) / totals["supervised"]
+        if not self.recipe.optim.z_loss:
+            return nll, {"loss": float(nll.detach())}
+        z = self.recipe.optim.z_loss * z_sum(log_z_N, batch.weights_N) / totals["supervised"]
+        return nll + z, {"loss": float(nll.detach()), "z_loss": float(z.detach())}

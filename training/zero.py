@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .batches import accumulation
 from .engine import Engine, Fragment, Read
+from .optim import set_learning_rate
 from .ranks import Ranks
 from .recipe import Recipe
 
@@ -38,8 +39,7 @@ class ZeroEngine(Engine):
         yield
 
     def step(self, lr: float, largest: float = math.inf) -> float:
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.deepspeed.optimizer, lr)
         norm = self._spoil_beyond(largest) if largest < math.inf else math.nan
         self.deepspeed.step()
         taken = self.deepspeed.get_global_grad_norm()

@@ -1,0 +1,87 @@
+"""Muon for hidden matrices, AdamW for all other weights, in one optimizer.
+
+Muon (Jordan et al. 2024) takes momentum and replaces it by the nearest matrix whose singular values are all one, found
+by five Newton-Schulz steps. The size of the update follows Liu et al. 2025 (Moonlight, equation 4): times
+0.2 sqrt(max(rows, columns)), which gives its elements the root mean square of AdamW's, so `optim.lr` and
+`optim.weight_decay` mean the same for both kinds of weights. Stacked experts, (E, rows, columns), are E matrices.
+
+Shape legend: M rows, N columns of a matrix.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+MOMENTUM = 0.95
+STEPS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+UPDATE_RMS = 0.2
+
+
+class Muon(torch.optim.AdamW):
+    """Groups that say `muon: True` hold matrices; the others are AdamW's.
+
+    Every rank computes the update of every matrix that it holds. Where an engine has cut matrices into `DTensor`s, the
+    update is gathered, made orthogonal whole, and cut again, so the result is that of one rank. Gradients must be
+    whole sums on every rank; `precision` is the dtype in which Newton-Schulz runs.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], precision: torch.dtype, **adamw: Any) -> None:
+        self.precision = precision
+        super().__init__([{"muon": False, **group} for group in groups], **adamw)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of every weight that has a gradient."""
+        assert closure is None
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                for matrix in group["params"]:
+                    if matrix.grad is not None:
+                        self._update(matrix, group["lr"], group["weight_decay"])
+
+    def _update(self, matrix: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        momentum, gradient = state["momentum_buffer"], matrix.grad
+        assert gradient is not None
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov
+        matrix.mul_(1 - lr * weight_decay)
+        scale = UPDATE_RMS * max(matrix.shape[-2:]) ** 0.5
+        matrix.add_(orthogonal(ahead, self.precision), alpha=-lr * scale)
+
+
+def orthogonal(matrix: Tensor, precision: torch.dtype) -> Tensor:
+    """The nearest (semi-)orthogonal matrix, about: singular values end between 0.7 and 1.2. Shape (..., M, N).
+
+    A `DTensor` gives one of the same layout. Collective then.
+    """
+    if isinstance(matrix, DTensor):
+        whole = newton_schulz(matrix.full_tensor(), precision)
+        copies = DTensor.from_local(whole, matrix.device_mesh, [Replicate()] * matrix.device_mesh.ndim, run_check=False)
+        return copies.redistribute(placements=matrix.placements)
+    return newton_schulz(matrix, precision)
+
+
+def newton_schulz(matrix: Tensor, precision: torch.dtype) -> Tensor:
+    """Five quintic Newton-Schulz steps X <- aX + (bA + cA^2)X, A = XX^T, on X of Frobenius norm one (Jordan et al.)."""
+    a, b, c = COEFFICIENTS
+    x_MN = matrix.to(precision)
+    tall = x_MN.shape[-2] > x_MN.shape[-1]
+    x_MN = x_MN.mT if tall else x_MN
+    x_MN = x_MN / x_MN.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(STEPS):
+        square_MM = x_MN @ x_MN.mT
+        x_MN = a * x_MN + (b * square_MM + c * square_MM @ square_MM) @ x_MN
+    return (x_MN.mT if tall else x_MN).to(matrix.dtype)
