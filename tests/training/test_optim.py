@@ -144,7 +144,7 @@ def test_muon_and_z_loss_on_two_ranks_and_resumed(tiny_model: Path, chat_rows: P
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     train(load_recipe(tmp_path / "r.yaml", [f"run_dir={one}"]))
-    shipyard("train", tmp_path / "r.yaml", f"run_dir={two}", ranks=2)
+    shipyard("train", tmp_path / "r.yaml", f"run_dir={two}", "batch.micro=2", ranks=2)  # other micro-batches too
     logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (one, two)]
     for step, other in zip(*logs, strict=True):
         for key in ("loss", "z_loss", "grad_norm"):
