@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .rules import broken_rule
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 CountInt = Annotated[int, Field(ge=0)]
@@ -189,74 +191,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
-        rules = (
-            ((self.steps is None) == (self.epochs is None), "steps: give exactly one of `steps` and `epochs`"),
-            (
-                (self.data.train == "") == (self.data.mixture is None),
-                "data.train: give exactly one of `data.train` and `data.mixture` (sources and their weights)",
-            ),
-            (
-                (self.data.mixture is not None or self.data.tokens is not None) and self.method != "pretrain",
-                "data.tokens: token shards and mixtures are for method pretrain; give rows in data.train",
-            ),
-            (
-                self.model.quantize == "nf4" and self.lora.rank == 0,
-                "model.quantize: nf4 weights are frozen, so there is nothing to train; set lora.rank (16, say)",
-            ),
-            (
-                self.model.quantize == "nf4" and self.parallel.engine in ("zero3", "fsdp2"),
-                f"parallel.engine: {self.parallel.engine} cannot cut nf4 weights; use zero2, or model.quantize: none",
-            ),
-            (
-                self.parallel.offload == "cpu" and self.parallel.engine == "ddp",
-                "parallel.offload: ddp has nothing to offload; use fsdp2, zero2 or zero3, or set offload: none",
-            ),
-            (
-                self.deterministic == "elastic" and self.parallel.engine != "ddp",
-                "parallel.engine: deterministic: elastic keeps all on every rank; use ddp, or deterministic: off",
-            ),
-            (
-                self.optim.name == "muon" and self.parallel.engine.startswith("zero"),
-                f"optim.name: muon needs whole matrices, and {self.parallel.engine} gives it flat pieces of them; use "
-                "parallel.engine ddp or fsdp2, or optim.name: adamw",
-            ),
-            (
-                self.optim.name == "muon" and self.lora.rank > 0,
-                "optim.name: muon is for the hidden matrices of a whole model, not for adapters; use adamw",
-            ),
-            (
-                self.optim.z_loss > 0 and self.method not in ("sft", "pretrain"),
-                f"optim.z_loss: belongs to the next-token loss, which {self.method} has not; set it to 0",
-            ),
-            (
-                self.model.init == "mup" and self.lora.rank > 0,
-                "model.init: muP has no rule for adapters; use init: scaled, or lora.rank: 0",
-            ),
-            (
-                self.method == "grpo" and not self.data.train.startswith("task:"),
-                "data.train: grpo needs a task with a verifier; use task:NAME, chain_sum for instance",
-            ),
-            (
-                self.method != "grpo" and self.data.train.startswith("task:"),
-                "data.train: task: sources are for method grpo; give a file, asset: or hub name",
-            ),
-            (
-                self.method == "grpo" and self.epochs is not None,
-                "epochs: a task generates without end; give `steps`",
-            ),
-            (
-                self.method == "grpo" and self.parallel.engine in ("zero3", "fsdp2"),
-                f"parallel.engine: grpo samples from weights in place, which {self.parallel.engine} scatters; use ddp, "
-                "zero1 or zero2",
-            ),
-            (
-                self.data.prompt is not None and self.data.completion is None and self.method == "sft",
-                "data.completion: data.prompt is set, so say what the reply is, '{label}' for instance",
-            ),
-        )
-        for broken, message in rules:
-            if broken:
-                raise ValueError(message)
+        if (message := broken_rule(self)) is not None:
+            raise ValueError(message)
         return self
 
 

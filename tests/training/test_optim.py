@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,40 +132,57 @@ def test_what_cannot_work_is_refused_in_a_line(tree: dict, words: list[str]) -> 
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_muon_and_z_loss_on_two_ranks_and_resumed(tiny_model: Path, chat_rows: Path, shipyard, tmp_path: Path) -> None:
-    """Two ranks equal one within 1e-6; a run stopped after two steps goes on to the same bits."""
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, tiny_model: Path, chat_rows: Path) -> tuple[Path, Path]:
+    """A recipe with Muon, WSD and z-loss, and its run on one rank."""
     from shipyard.training.loop import train
     from shipyard.training.recipe import load_recipe
 
+    folder = tmp_path_factory.mktemp("muon")
     tree = {
         "method": "sft", "steps": 4, "model": {"name": str(tiny_model), "dtype": "float32"},
         "data": {"train": str(chat_rows)}, "batch": {"size": 8, "micro": 3}, "checkpoints": {"every_steps": 2},
         "optim": {"name": "muon", "lr": 1e-3, "weight_decay": 0.1, "z_loss": 1e-2, "schedule": "wsd"},
     }  # fmt: skip
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
-    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
-    train(load_recipe(tmp_path / "r.yaml", [f"run_dir={one}"]))
-    shipyard("train", tmp_path / "r.yaml", f"run_dir={two}", "batch.micro=2", ranks=2)  # other micro-batches too
+    (folder / "r.yaml").write_text(yaml.safe_dump(tree))
+    train(load_recipe(folder / "r.yaml", [f"run_dir={folder / 'one'}"]))
+    return folder / "r.yaml", folder / "one"
+
+
+PARTS = ("value", "momentum_buffer", "exp_avg", "exp_avg_sq")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_muon_and_z_loss_on_two_ranks(engine: str, one_rank: tuple[Path, Path], shipyard, tmp_path: Path) -> None:
+    """Loss, both its terms, weights and momentum equal one rank's, whose micro-batches were others."""
+    recipe, one = one_rank
+    two = tmp_path / "two"
+    shipyard("train", recipe, f"run_dir={two}", "batch.micro=2", f"parallel.engine={engine}", ranks=2)
     logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (one, two)]
     for step, other in zip(*logs, strict=True):
         for key in ("loss", "z_loss", "grad_norm"):
             assert step[key] == pytest.approx(other[key], rel=1e-6), key
-    assert 1e-3 < logs[0][0]["z_loss"] < 1.0
+    assert logs[0][0]["z_loss"] > 1e-3
     stored = [StoredFragments(run / "step-000004") for run in (one, two)]
-    parts = stored[0].ranges["model.layers.0.mlp.up_proj.weight"]
-    assert set(parts) == {"value", "momentum_buffer"}
-    for part in ("value", "momentum_buffer", "exp_avg"):
+    assert set(stored[1].ranges["model.layers.0.mlp.up_proj.weight"]) == {"value", "momentum_buffer"}
+    for part in PARTS:
         ours, theirs = (fragments.whole(part) for fragments in stored)
         assert ours.keys() == theirs.keys()
         assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-6, part
 
-    import shutil
 
+def test_muon_resumes_to_the_same_bits(one_rank: tuple[Path, Path], tmp_path: Path) -> None:
+    from shipyard.training.loop import train
+    from shipyard.training.recipe import load_recipe
+
+    recipe, one = one_rank
+    again = tmp_path / "again"
     shutil.copytree(one, again)
-    shutil.rmtree(again / "model")
-    shutil.rmtree(again / "step-000004")
-    train(load_recipe(tmp_path / "r.yaml", [f"run_dir={again}"]))
-    resumed = StoredFragments(again / "step-000004")
-    for part in ("value", "momentum_buffer", "exp_avg", "exp_avg_sq"):
-        ours, theirs = stored[0].whole(part), resumed.whole(part)
+    for later in ("model", "step-000004"):
+        shutil.rmtree(again / later)
+    train(load_recipe(recipe, [f"run_dir={again}"]))
+    straight, resumed = (StoredFragments(run / "step-000004") for run in (one, again))
+    for part in PARTS:
+        ours, theirs = straight.whole(part), resumed.whole(part)
+        assert ours.keys() == theirs.keys()
         assert all(ours[name].equal(theirs[name]) for name in ours), part

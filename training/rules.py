@@ -1,0 +1,110 @@
+"""Combinations of knobs that cannot work, each with one line that names the field, the rule and the remedy."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+Rule = tuple[bool, str]
+
+
+def broken_rule(recipe: "Recipe") -> str | None:
+    """The first rule that a recipe breaks, in words; None if it breaks none."""
+    for rules in (_data(recipe), _model(recipe), _parallel(recipe)):
+        for broken, message in rules:
+            if broken:
+                return message
+    return None
+
+
+def _data(recipe: "Recipe") -> Iterator[Rule]:
+    """What is trained on, by which method, for how long."""
+    yield ((recipe.steps is None) == (recipe.epochs is None), "steps: give exactly one of `steps` and `epochs`")
+    yield (
+        (recipe.data.train == "") == (recipe.data.mixture is None),
+        "data.train: give exactly one of `data.train` and `data.mixture` (sources and their weights)",
+    )
+    yield (
+        (recipe.data.mixture is not None or recipe.data.tokens is not None) and recipe.method != "pretrain",
+        "data.tokens: token shards and mixtures are for method pretrain; give rows in data.train",
+    )
+    yield (
+        recipe.method == "grpo" and not recipe.data.train.startswith("task:"),
+        "data.train: grpo needs a task with a verifier; use task:NAME, chain_sum for instance",
+    )
+    yield (
+        recipe.method != "grpo" and recipe.data.train.startswith("task:"),
+        "data.train: task: sources are for method grpo; give a file, asset: or hub name",
+    )
+    yield (
+        recipe.method == "grpo" and recipe.epochs is not None,
+        "epochs: a task generates without end; give `steps`",
+    )
+    yield (
+        recipe.data.prompt is not None and recipe.data.completion is None and recipe.method == "sft",
+        "data.completion: data.prompt is set, so say what the reply is, '{label}' for instance",
+    )
+
+
+def _model(recipe: "Recipe") -> Iterator[Rule]:
+    """The model and its optimizer."""
+    yield (
+        recipe.model.quantize == "nf4" and recipe.lora.rank == 0,
+        "model.quantize: nf4 weights are frozen, so there is nothing to train; set lora.rank (16, say)",
+    )
+    yield (
+        recipe.optim.name == "muon" and recipe.parallel.engine.startswith("zero"),
+        f"optim.name: muon needs whole matrices, and {recipe.parallel.engine} gives it flat pieces of them; use "
+        "parallel.engine ddp or fsdp2, or optim.name: adamw",
+    )
+    yield (
+        recipe.optim.name == "muon" and recipe.parallel.offload == "cpu",
+        "parallel.offload: muon gathers whole matrices on the device; use offload: none, or optim.name: adamw",
+    )
+    yield (
+        recipe.optim.name == "muon" and recipe.lora.rank > 0,
+        "optim.name: muon is for the hidden matrices of a whole model, not for adapters; use adamw",
+    )
+    yield (
+        recipe.optim.z_loss > 0 and recipe.method not in ("sft", "pretrain"),
+        f"optim.z_loss: belongs to the next-token loss, which {recipe.method} has not; set it to 0",
+    )
+    yield (
+        recipe.model.init == "mup" and recipe.lora.rank > 0,
+        "model.init: muP has no rule for adapters; use init: scaled, or lora.rank: 0",
+    )
+    yield (
+        recipe.model.compile and (recipe.model.quantize == "nf4" or recipe.deterministic == "elastic"),
+        "model.compile: nf4 layers and deterministic: elastic must run as written; set compile: false",
+    )
+    yield (
+        recipe.model.compile and (recipe.method == "grpo" or recipe.parallel.engine == "zero3"),
+        "model.compile: sampling (grpo) and ZeRO-3's gathering of weights cannot be compiled; set compile: false",
+    )
+    yield (
+        recipe.model.float8 and (recipe.lora.rank > 0 or recipe.model.dtype != "bfloat16"),
+        "model.float8: it takes the place of bf16 where whole weights train; set dtype: bfloat16 and lora.rank: 0, or "
+        "float8: false",
+    )
+
+
+def _parallel(recipe: "Recipe") -> Iterator[Rule]:
+    """How the work is spread."""
+    yield (
+        recipe.model.quantize == "nf4" and recipe.parallel.engine in ("zero3", "fsdp2"),
+        f"parallel.engine: {recipe.parallel.engine} cannot cut nf4 weights; use zero2, or model.quantize: none",
+    )
+    yield (
+        recipe.parallel.offload == "cpu" and recipe.parallel.engine == "ddp",
+        "parallel.offload: ddp has nothing to offload; use fsdp2, zero2 or zero3, or set offload: none",
+    )
+    yield (
+        recipe.deterministic == "elastic" and recipe.parallel.engine != "ddp",
+        "parallel.engine: deterministic: elastic keeps all on every rank; use ddp, or deterministic: off",
+    )
+    yield (
+        recipe.method == "grpo" and recipe.parallel.engine in ("zero3", "fsdp2"),
+        f"parallel.engine: grpo samples from weights in place, which {recipe.parallel.engine} scatters; use ddp, "
+        "zero1 or zero2",
+    )
