@@ -85,6 +85,8 @@ class ShardedEngine(Engine):
                 weights[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
         if self.ranks.first:
             _put_weights(self._skeleton, weights)
+            for stale, buffer in zip(self._skeleton.buffers(), sharded.buffers(), strict=True):
+                stale.copy_(buffer)
             self.module = self._skeleton.to(self.ranks.device)
         try:
             yield

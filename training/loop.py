@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from ..kernels.huggingface import plug
-from . import checkpoint, finish
+from . import checkpoint, experts, finish
 from .batches import steps_per_epoch
 from .dataset import Dataset, Pair, Sample, load_dataset
 from .dpo import PreferenceTuning
@@ -101,7 +101,8 @@ def _steps(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: S
             advance()
             last = step + 1 == todo.stop
             if last or stop or (every and (step + 1) % every == 0):
-                saver.save(engine, step + 1, method.state(), about_checkpoint(recipe, engine))
+                extra = {**method.state(), **experts.state(engine.module)}
+                saver.save(engine, step + 1, extra, about_checkpoint(recipe, engine))
             if stop and not last:
                 saver.finish()
                 log.say(f"SIGTERM: step {step + 1} is saved in {run_dir}; the same command goes on from there")
@@ -134,10 +135,20 @@ def run_step(
             f"({recipe.optim.lr:g}) or look at the rows of this step with `shipyard data inspect`"
         )
     lr = learning_rate(recipe.optim, step, steps)
+    updates = engine.updates
     norm = engine.step(lr)
+    loads = experts.balance(engine.module, engine.ranks, learn=engine.updates > updates)
     counts = {"tokens": totals["tokens"], "supervised": totals["supervised"]}
     counts["computed"] = method.totals(useful)["tokens"]  # rollouts without use are not run
-    return {"loss": values.pop("loss"), "lr": lr, "grad_norm": norm, **values, **method.summary(items), **counts}
+    return {
+        "loss": values.pop("loss"),
+        "lr": lr,
+        "grad_norm": norm,
+        **values,
+        **loads,
+        **method.summary(items),
+        **counts,
+    }
 
 
 def about_checkpoint(recipe: Recipe, engine: Engine) -> dict[str, Any]:
@@ -149,7 +160,9 @@ def _resume(engine: Engine, method: Method, found: Manifest | None, log: StepLog
     if found is None:
         log.forget_from(0)
         return 0
-    step = checkpoint.restore(engine, found, method.load_state)
+    step = checkpoint.restore(
+        engine, found, lambda stored: method.load_state(experts.load_state(engine.module, stored))
+    )
     log.forget_from(step)
     log.say(f"resume: going on after step {step} from {found.path}")
     return step

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from . import recipe as recipes
+from .experts import BIAS, keep_wide, routers
 
 TARGETS = {"all-linear": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
@@ -70,7 +71,7 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
             done.add(f"{name}.")
     for name, value in peft.state_dict().items():
         if not any(name.startswith(prefix) for prefix in done) and value.is_floating_point():
-            weights[name] = value.detach().to(dtype).cpu()
+            weights[name] = value.detach().to(torch.float32 if name.endswith(BIAS) else dtype).cpu()
     return weights
 
 
@@ -79,6 +80,8 @@ def merge(model: nn.Module, source: str | None, dtype: torch.dtype) -> PreTraine
     a model from scratch; the generation config is the trained model's."""
     config = AutoConfig.from_pretrained(source) if source else copy.deepcopy(model.config)
     plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for _, router in routers(plain):
+        keep_wide(router)
     plain.generation_config = copy.deepcopy(model.generation_config)
     fill(plain, merged_weights(model, dtype))
     return plain

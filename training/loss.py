@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .batches import MicroBatch
+from .experts import counting
 
 CHUNK_LOGITS = 1 << 26
 """Logits turned to fp32 at a time (256 MiB): a 128k vocabulary never has all its fp32 logits in memory at once."""
@@ -31,9 +32,10 @@ def target_terms(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) 
     The head runs on the kept columns only. `use_cache=False` and no attention mask: with either, transformers lets
     packed documents see each other.
     """
-    logits_BKV = model(
-        input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False, logits_to_keep=batch.keep_K
-    ).logits
+    with counting(batch.real_BT):
+        logits_BKV = model(
+            input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False, logits_to_keep=batch.keep_K
+        ).logits
     logits_NV = logits_BKV.reshape(-1, logits_BKV.shape[-1])
     if len(batch.select_N) != len(logits_NV):
         logits_NV = logits_NV[batch.select_N]

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from . import recipe as recipes
+from .experts import watch
 from .init import initialise
 
 SCRATCH = "scratch"
@@ -116,6 +117,7 @@ def for_training(model: PreTrainedModel) -> PreTrainedModel:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    watch(model)
     return model.train()
 
 
