@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at data as the model will see it.")
+data_app = typer.Typer(no_args_is_help=True, help="Make token shards; look at data as the model will see it.")
 app.add_typer(data_app, name="data")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, launch/recipes/*.yaml")]
@@ -235,6 +235,21 @@ def inspect(
     from .preview import inspect as show
 
     show(load_recipe(recipe, overrides or ()), rows, as_json)
+
+
+@data_app.command("build")
+def build(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 takes a process a core.")] = 0,
+    on: Annotated[Literal["local", "ray"], typer.Option(help="This machine, or a Ray cluster.")] = "local",
+) -> None:
+    """Turn text into token shards: cleaned, split, hashed. Killed? The same command goes on."""
+    from ..training.preparation import build as write
+    from ..training.recipe import load_recipe
+    from .workers import runner
+
+    write(load_recipe(recipe, overrides or ()), runner(on, workers), typer.echo)
 
 
 def _model_dir(model: str) -> Path:

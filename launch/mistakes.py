@@ -14,6 +14,8 @@ EXTRAS = {  # what brings a module that is missing
     "kernels": "triton",
     "evals": "matplotlib",
     "track": "tensorboard wandb",
+    "data": "datasketch",
+    "ray": "ray",
 }
 
 

@@ -1,5 +1,6 @@
 """What a recipe would do, without doing it: the resolved recipe, rows as the model will see them, expected memory."""
 
+import itertools
 import json
 import logging
 import os
@@ -99,6 +100,8 @@ def look(recipe: Recipe, count: int) -> Preview:
         )
     if recipe.method == "grpo":
         return _view_questions(recipe, tokenizer, count)
+    if recipe.data.tokens is not None:
+        return _view_shards(recipe, tokenizer, count)
     try:
         return _view_rows(recipe, tokenizer, count)
     except ValueError:
@@ -139,6 +142,29 @@ def _view_rows(recipe: Recipe, tokenizer: Any, count: int) -> Preview:
     ends = [len(view.ids) for view in views[: recipe.batch.micro]]
     boundaries = [sum(ends[:n]) for n in range(len(ends) + 1)] if recipe.batch.packing else []
     return Preview(views, len(data.train), len(data.validation), boundaries, notes)
+
+
+def _view_shards(recipe: Recipe, tokenizer: Any, count: int) -> Preview:
+    """The first packed rows of the first step, document by document."""
+    from ..training.pretrain import Pretraining, open_shards
+
+    try:
+        shards = open_shards(recipe, tokenizer)
+    except ValueError as error:
+        if "holds no token shards" not in str(error):
+            raise
+        return Preview([], None, None, [], [str(error)])
+    method = Pretraining(recipe, shards)
+    rows = method.batch(0)[:count]
+    views: list[RowView] = []
+    for number, row in enumerate(rows):
+        for part in row.parts:
+            ids = part.tolist()
+            text = [tokenizer.decode([token]) for token in ids]
+            views.append(RowView(f"step 1, row {number + 1}", ids, [False] + [True] * (len(ids) - 1), text))
+    boundaries = [0, *itertools.accumulate(map(len, rows[0].parts))]
+    note = f"{shards.counts['train']:,} documents, in {method.rows:,} rows of {recipe.data.max_tokens} tokens an epoch"
+    return Preview(views, method.rows, shards.counts["validation"], boundaries, [note])
 
 
 def _view_questions(recipe: Recipe, tokenizer: Any, count: int) -> Preview:

@@ -69,6 +69,11 @@ class ControlTokens:
                     break
         return spans
 
+    def plain(self) -> Tokenizer | None:
+        """The tokenizer that knows no control token; None where some of its ids are not ours."""
+        twin, renumbered = self._twin(None)
+        return None if renumbered else twin
+
     def encode_text(self, text: str, first: bool) -> list[int]:
         """Encode text that holds no control token, whatever it spells. `first`: nothing stands before it."""
         key = (text, first)
@@ -98,14 +103,15 @@ class ControlTokens:
                 ids = [token for n, part in enumerate(parts) for token in self._encode(part, first and n == 0)]
         return ids
 
-    def _twin(self, fence: str) -> tuple[Tokenizer, dict[int, int]]:
+    def _twin(self, fence: str | None) -> tuple[Tokenizer, dict[int, int]]:
         """Build the tokenizer without control tokens, and the map from its ids to ours where they differ."""
         state = {**self._state, "added_tokens": [], "post_processor": None, "padding": None, "truncation": None}
         twin = Tokenizer.from_str(json.dumps(state))
         for token in self._text_tokens:
             flags = {flag: token[flag] for flag in ("lstrip", "rstrip", "normalized", "single_word", "special")}
             twin.add_tokens([AddedToken(token["content"], **flags)])
-        twin.add_special_tokens([AddedToken(fence, normalized=False)])
+        if fence is not None:
+            twin.add_special_tokens([AddedToken(fence, normalized=False)])
         pairs = [(twin.token_to_id(token["content"]), token["id"]) for token in self._text_tokens]
         return twin, {here: there for here, there in pairs if here is not None and here != there}
 

@@ -19,7 +19,7 @@ from .control_tokens import ControlTokens
 from .formats import Conversation, Preference, check_templates, to_conversation, to_preference, to_text
 from .quarantine import Quarantine, Row
 from .recipe import Data, Recipe
-from .rows import read_into
+from .rows import inside, read_into
 
 QUARANTINE = "quarantine.jsonl"
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def load_dataset(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Dataset:
 def _documents(name: str, recipe: Recipe, quarantine: Quarantine) -> list[_Document]:
     data, documents = recipe.data, []
     for row in read_into(quarantine, name, data.split):
-        if not _inside(row, data):
+        if not inside(row, data):
             quarantine.outside += 1
             continue
         try:
@@ -116,16 +116,6 @@ def _documents(name: str, recipe: Recipe, quarantine: Quarantine) -> list[_Docum
             continue
         documents.append(_Document(row, _key(content), content))
     return documents
-
-
-def _inside(row: Row, data: Data) -> bool:
-    for column, wanted in (data.where or {}).items():
-        if column not in row.values:
-            known = ", ".join(map(str, list(row.values)[:8]))
-            raise ValueError(f"data.where: {row.source} has no column {column!r}; its columns are {known}")
-        if str(row.values[column]) != wanted:
-            return False
-    return True
 
 
 def _content(row: Row, method: str, data: Data) -> Conversation | Preference | str:

@@ -21,8 +21,9 @@ from .lines import (
 from .quarantine import RAW_LIMIT_CHARS, Quarantine, Row
 
 
-def read_jsonl(path: Path, quarantine: Quarantine) -> Iterator[Row]:
-    for number, line, complaint in read_lines(path):
+def read_jsonl(path: Path, quarantine: Quarantine, start: int = 0, end: int | None = None) -> Iterator[Row]:
+    """Rows of a file, or of the lines that begin between two bytes (numbered from 1 within them)."""
+    for number, line, complaint in read_lines(path, start, end):
         if not line.strip() and not complaint:
             continue
         source = f"{path}:{number}"

@@ -29,6 +29,7 @@ from .method import Method
 from .models import load_model, load_tokenizer
 from .optim import build_optimizer, learning_rate
 from .parallel import build_engine
+from .pretrain import Pretraining, open_shards
 from .ranks import Ranks, start
 from .recipe import Recipe, dump_recipe
 from .reference import Reference
@@ -55,7 +56,8 @@ def train(recipe: Recipe) -> Path:
     if found is not None:
         _refuse_other_run(found, recipe)
     tokenizer = load_tokenizer(recipe.model)
-    data = load_dataset(recipe, tokenizer, run_dir) if recipe.method != "grpo" else None
+    made_by_method = recipe.method == "grpo" or recipe.data.tokens is not None
+    data = None if made_by_method else load_dataset(recipe, tokenizer, run_dir)
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
     if recipe.model.kernels == "triton":
         model.to(ranks.device)  # pyright: ignore[reportArgumentType]
@@ -74,6 +76,8 @@ def train(recipe: Recipe) -> Path:
     steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
     log = StepLog(recipe, run_dir, steps, ranks.first)
     _introduce(recipe, engine, data, steps, log)
+    for line in method.introduction():
+        log.say(line)
     for complaint in complaints:
         log.say(f"resume: {complaint}")
     first_step = _resume(engine, method, found, log)
@@ -210,6 +214,8 @@ def _method(
 ) -> Method:
     if recipe.method == "grpo":
         return GroupRelativeTuning(recipe, ranks, engine.module, tokenizer, reference)
+    if recipe.data.tokens is not None:
+        return Pretraining(recipe, open_shards(recipe, tokenizer))
     assert data is not None
     if recipe.method == "dpo":
         assert reference is not None

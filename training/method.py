@@ -41,6 +41,10 @@ class Method(ABC, Generic[Item]):
         """Logged numbers of the global batch that need no forward pass."""
         return {}
 
+    def introduction(self) -> Sequence[str]:
+        """Lines to say before the first step."""
+        return ()
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the step number."""
         return {}

@@ -8,16 +8,18 @@ file and counted: `on_bad_row` decides. Nothing is dropped silently; only lines 
 import csv
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .json_rows import read_json, read_jsonl
 from .lines import LINE_LIMIT_BYTES, read_lines
 from .quarantine import Quarantine, Row
+from .recipe import Data
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+TEXT_SUFFIXES = (".txt",)  # one document a file, for pretraining
 BESIDE_DATA = (".md", ".txt", ".yaml", ".yml", ".py", ".lock", ".tmp")  # what lies beside data files in a folder
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 TOO_LONG = "\ud800"  # stands for a line over the limit inside the CSV reader; no decoded text holds a lone surrogate
@@ -50,26 +52,33 @@ def read_rows(
 
 def read_into(quarantine: Quarantine, name: str, split: str) -> list[Row]:
     """Like `read_rows`, with bad rows going to a quarantine that the caller writes."""
+    path = local_path(name)
+    if path is None:
+        return list(read_hub(name, split))
+    files = files_in(path, split) if path.is_dir() else [path]
+    return [row for file in files for row in read_file(file, quarantine)]
+
+
+def local_path(name: str) -> Path | None:
+    """The path that a data name stands for, `asset:NAME` fetched; None for a hub name. Raises ValueError."""
     if name.startswith("asset:"):
         from ..launch.assets import resolve  # only rows of assets need the downloader
 
         path = resolve(name)
     else:
         path = Path(name).expanduser()
-    if path.is_dir():
-        return [row for file in _files(path, split) for row in _read_file(file, quarantine)]
-    if path.is_file():
-        return list(_read_file(path, quarantine))
+    if path.is_dir() or path.is_file():
+        return path
     if (
-        path.suffix.lower() in SUFFIXES
+        path.suffix.lower() in (*SUFFIXES, *TEXT_SUFFIXES)
         or name.startswith((".", "/", "~"))
         or not re.fullmatch(r"[\w.-]+/[\w.:-]+", name)
     ):
         raise ValueError(f"data: {name} is not a file, a folder or a hub name (OWNER/NAME){_near(path)}")
-    return list(_read_hub(name, split))
+    return None
 
 
-def _read_file(path: Path, quarantine: Quarantine) -> Iterator[Row]:
+def read_file(path: Path, quarantine: Quarantine) -> Iterator[Row]:
     match path.suffix.lower():
         case ".jsonl" | ".ndjson":
             return read_jsonl(path, quarantine)
@@ -80,10 +89,21 @@ def _read_file(path: Path, quarantine: Quarantine) -> Iterator[Row]:
         case ".tsv":
             return _read_csv(path, quarantine, "\t")
         case ".parquet":
-            return _read_parquet(path)
+            return read_parquet(path)
     raise ValueError(
         f"data: {path} has an unknown suffix; use one of {', '.join(SUFFIXES)} (unpack it first if packed)"
     )
+
+
+def inside(row: Row, data: Data) -> bool:
+    """Whether a row is among those that data.where asks for. Raises ValueError for a column that it lacks."""
+    for column, wanted in (data.where or {}).items():
+        if column not in row.values:
+            known = ", ".join(map(str, list(row.values)[:8]))
+            raise ValueError(f"data.where: {row.source} has no column {column!r}; its columns are {known}")
+        if str(row.values[column]) != wanted:
+            return False
+    return True
 
 
 # --- CSV ---
@@ -143,14 +163,16 @@ def _csv_complaint(cells: Iterable[str]) -> str:
 # --- Parquet, folders, the hub ---
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def read_parquet(path: Path, groups: range | None = None) -> Iterator[Row]:
+    """Rows of a Parquet file, or of some of its row groups, a thousand in memory at a time."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            wanted = range(file.num_row_groups) if groups is None else groups
+            number = sum(file.metadata.row_group(group).num_rows for group in range(wanted.start))
+            for batch in file.iter_batches(batch_size=1024, row_groups=list(wanted)):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}:{number}", values)
@@ -159,16 +181,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: not a whole Parquet file: {reason[:200]}; fetch it again") from None
 
 
-def _files(folder: Path, split: str) -> list[Path]:
+def files_in(folder: Path, split: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """Return a folder's data files in order; where names say train, test ..., those of the split."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     beside = [path for path in files if path.suffix.lower() in BESIDE_DATA or not path.suffix]
-    strange = [path for path in files if path.suffix.lower() not in SUFFIXES and path not in beside]
+    strange = [path for path in files if path.suffix.lower() not in suffixes and path not in beside]
     if strange:
-        raise ValueError(f"data: {strange[0]} has an unknown suffix; move it away, or use {', '.join(SUFFIXES)}")
-    data = [path for path in files if path.suffix.lower() in SUFFIXES and path.name != "manifest.json"]
+        raise ValueError(f"data: {strange[0]} has an unknown suffix; move it away, or use {', '.join(suffixes)}")
+    data = [path for path in files if path.suffix.lower() in suffixes and path.name != "manifest.json"]
     if not data:
-        raise ValueError(f"data: {folder} holds no data file ({', '.join(SUFFIXES)})")
+        raise ValueError(f"data: {folder} holds no data file ({', '.join(suffixes)})")
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower())) for path in data}
     chosen = [path for path in data if split.lower() in words[path]]
     if not chosen and any(words[path] & set(SPLITS) for path in data):
@@ -176,20 +198,27 @@ def _files(folder: Path, split: str) -> list[Path]:
     return chosen or data
 
 
-def _read_hub(name: str, split: str) -> Iterator[Row]:
+def read_hub(name: str, split: str, rows: range | None = None) -> Iterator[Row]:
+    """Rows of a hub data set, or some of them."""
+    loaded = load_hub(name, split)
+    wanted = range(len(loaded)) if rows is None else rows
+    for number, values in enumerate(loaded.select(wanted), wanted.start + 1):
+        yield Row(f"{name}[{split}]:{number}", dict(values))
+
+
+def load_hub(name: str, split: str) -> Any:
+    """A hub data set's split, memory-mapped by `datasets`. Raises ValueError when it cannot be had."""
     import datasets  # heavy, and only hub names need it
 
     owner_name, _, config = name.partition(":")
     try:
-        loaded = datasets.load_dataset(owner_name, config or None, split=split)
+        return datasets.load_dataset(owner_name, config or None, split=split)
     except Exception as error:  # whatever the hub client raises: it has dozens of classes
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"data: {name!r} is no file here, and the hub does not give its split {split!r}: {reason}; check the name, "
             "data.split and the network, or give a local file"
         ) from None
-    for number, values in enumerate(loaded, 1):
-        yield Row(f"{name}[{split}]:{number}", dict(values))
 
 
 def _near(path: Path) -> str:

@@ -11,7 +11,7 @@ Rule = tuple[bool, str]
 
 def broken_rule(recipe: "Recipe") -> str | None:
     """The first rule that a recipe breaks, in words; None if it breaks none."""
-    for rules in (_data(recipe), _model(recipe), _parallel(recipe)):
+    for rules in (_data(recipe), _shards(recipe), _model(recipe), _parallel(recipe)):
         for broken, message in rules:
             if broken:
                 return message
@@ -44,6 +44,43 @@ def _data(recipe: "Recipe") -> Iterator[Rule]:
     yield (
         recipe.data.prompt is not None and recipe.data.completion is None and recipe.method == "sft",
         "data.completion: data.prompt is set, so say what the reply is, '{label}' for instance",
+    )
+
+
+SHARD_KNOBS = ("mixture", "validation_fraction", "near_duplicates", "decontaminate")
+ROW_KNOBS = ("validation", "validation_rows", "train_rows", "system", "prompt", "completion", "labels", "on_long_row")
+
+
+def _shards(recipe: "Recipe") -> Iterator[Rule]:
+    """Token shards, which `shipyard data build` makes of documents."""
+    data, fields = recipe.data, type(recipe.data).model_fields
+    changed = [name for name in SHARD_KNOBS if getattr(data, name) != fields[name].default]
+    yield (
+        data.tokens is None and bool(changed),
+        f"data.{', '.join(changed)}: for token shards; name their directory in data.tokens, and run "
+        "`shipyard data build`",
+    )
+    changed = [name for name in ROW_KNOBS if getattr(data, name) != fields[name].default]
+    yield (
+        data.tokens is not None and bool(changed),
+        f"data.{', '.join(changed)}: token shards are made of whole documents of text; leave it out "
+        "(data.validation_fraction holds documents out)",
+    )
+    yield (
+        data.tokens is not None and data.format not in ("auto", "text"),
+        f"data.format: {data.format}, but token shards are made of text; leave it out",
+    )
+    yield (
+        data.tokens is not None and not recipe.batch.packing,
+        "batch.packing: token shards are packed, with documents apart; leave it true",
+    )
+    yield (
+        data.tokens is not None and data.max_tokens < 2,
+        "data.max_tokens: 1 token predicts nothing; give more",
+    )
+    yield (
+        data.mixture is not None and len(data.mixture) > 1 and recipe.epochs is not None,
+        "epochs: a mixture's sources end at different times; give `steps`",
     )
 
 

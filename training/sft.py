@@ -1,10 +1,10 @@
-"""Supervised fine-tuning and pretraining: next-token loss over supervised tokens, per token of the global batch."""
+"""Supervised fine-tuning, and pretraining on rows: the loss is per supervised token of the global batch."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from .batches import batch_indices, collate
+from .batches import MicroBatch, batch_indices, collate
 from .dataset import Sample
 from .loss import nll_sum, target_terms, z_sum
 from .method import Method, device_of
@@ -32,9 +32,16 @@ class SupervisedTuning(Method[Sample]):
     ) -> tuple[Tensor, dict[str, float]]:
         """This micro-batch's part of the global loss, and its part of every logged number."""
         batch = collate(items, self.recipe.batch.packing).to(device_of(model))
-        logp_N, log_z_N = target_terms(model, batch)
-        nll = nll_sum(logp_N, batch.weights_N) / totals["supervised"]
-        if not self.recipe.optim.z_loss:
-            return nll, {"loss": float(nll.detach())}
-        z = self.recipe.optim.z_loss * z_sum(log_z_N, batch.weights_N) / totals["supervised"]
-        return nll + z, {"loss": float(nll.detach()), "z_loss": float(z.detach())}
+        return next_token_loss(model, batch, totals["supervised"], self.recipe.optim.z_loss)
+
+
+def next_token_loss(
+    model: nn.Module, batch: MicroBatch, supervised: float, z_loss: float
+) -> tuple[Tensor, dict[str, float]]:
+    """A micro-batch's part of the loss per supervised token of the global batch, with z-loss where it has a weight."""
+    logp_N, log_z_N = target_terms(model, batch)
+    nll = nll_sum(logp_N, batch.weights_N) / supervised
+    if not z_loss:
+        return nll, {"loss": float(nll.detach())}
+    z = z_loss * z_sum(log_z_N, batch.weights_N) / supervised
+    return nll + z, {"loss": float(nll.detach()), "z_loss": float(z.detach())}
