@@ -1,13 +1,16 @@
 """`shipyard verify`: every hash, parent and certificate under a directory, checked again."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..training.manifest import MANIFEST, Manifest, read_manifest
-from ..training.manifest import verify as verify_hashes
+from ..training.manifest import MANIFEST, Damage, Manifest, damages, read_manifest
 from .assets import PREFIX, cache_dir
+
+STEP = re.compile(r"step-(\d{6,})")
+NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,61 @@ def verify_tree(path: Path, as_json: bool) -> bool:
 def findings_under(root: Path) -> Iterator[Finding]:
     """Check committed directories, then certificates, in path order. Unfinished scratch directories do not count."""
     manifests = sorted(item.parent for item in root.rglob(MANIFEST) if not _is_scratch(item, root))
+    damaged: list[Path] = []
     for directory in manifests:
-        try:
-            manifest = verify_hashes(directory)
-        except ValueError as error:
-            yield Finding(str(directory), "files", False, str(error))
-            continue
-        size = sum(entry["bytes"] for entry in manifest.files.values())
-        yield Finding(
-            str(directory), "files", True, f"{len(manifest.files)} files, {size / 1e6:.1f} MB, {manifest.digest}"
-        )
+        findings = list(_files(directory))
+        if not findings[0].passed:
+            damaged.append(directory)
+        yield from findings
+    for run in sorted({directory.parent for directory in damaged if STEP.fullmatch(directory.name)}):
+        yield _fall_back(run, manifests, damaged)
     for directory in manifests:
         yield from _lineage(directory)
     for certificate in sorted(root.rglob("*certificate*.json")):
         if not _is_scratch(certificate, root):
             yield _certificate(certificate)
+
+
+def _files(directory: Path) -> Iterator[Finding]:
+    """Everything that is wrong with a committed directory's files, or that they are whole."""
+    try:
+        manifest = read_manifest(directory)
+    except ValueError as error:
+        yield Finding(str(directory), "files", False, str(error))
+        return
+    whole = True
+    for damage in damages(manifest):
+        whole = False
+        yield Finding(str(directory), "files", False, f"{damage}{_tensors(damage)}")
+    if whole:
+        size = sum(entry["bytes"] for entry in manifest.files.values())
+        yield Finding(
+            str(directory), "files", True, f"{len(manifest.files)} files, {size / 1e6:.1f} MB, {manifest.digest}"
+        )
+
+
+def _tensors(damage: Damage) -> str:
+    if damage.path.suffix != ".safetensors" or not damage.spans:
+        return ""
+    from ..training.shard import damaged_tensors
+
+    names = damaged_tensors(damage)
+    if not names:
+        return "; in its header"
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"; {'in' if damage.flipped else 'maybe in'} {', '.join(names[:NAMED])}{more}"
+
+
+def _fall_back(run: Path, manifests: list[Path], damaged: list[Path]) -> Finding:
+    """Which checkpoint a run with damaged ones goes on from: what `training/checkpoint.py` does by itself."""
+    steps = {int(match[1]): item for item in manifests if item.parent == run and (match := STEP.fullmatch(item.name))}
+    whole = [step for step, item in steps.items() if item not in damaged]
+    if not whole:
+        return Finding(str(run), "resume", False, "no checkpoint is whole; the same command starts the run over")
+    newest = f"goes on from {steps[max(whole)].name}"
+    if max(whole) == max(steps):
+        return Finding(str(run), "resume", True, f"{newest}, its newest, which is whole")
+    return Finding(str(run), "resume", False, f"fall back to step {max(whole)}: the same command {newest} by itself")
 
 
 def _is_scratch(path: Path, root: Path) -> bool:

@@ -2,7 +2,8 @@
 
 A directory is *committed* when it holds `manifest.json`. A process killed at any instant leaves either no manifest (the
 directory does not count) or a manifest whose hashes match what is on disk. Hashes are XXH3-128: they detect accidents
-at memory speed; they are no defence against somebody who forges files.
+at memory speed; they are no defence against somebody who forges files. Beside each hash stand hashes of the file's
+blocks and a syndrome, so that damage is named as a range of bytes, and one flipped bit as that bit.
 """
 
 import errno
@@ -17,10 +18,11 @@ from typing import Any
 
 import xxhash
 
+from .syndrome import Syndrome, flipped_bit
+
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 22
-BLOCK_BYTES = 1 << 26
-"""Large files also have a hash per 64 MiB, so that damage can be named as a range of bytes."""
+BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,32 @@ class Manifest:
         return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with a file that a manifest lists. `spans` are ranges of bytes, first and last, that differ."""
+
+    path: Path
+    reason: str
+    spans: tuple[tuple[int, int], ...] = ()
+    flipped: tuple[int, int] | None = None
+    """The byte and its bit that were flipped: proven, with it flipped back the file has its hash again."""
+
+    def __str__(self) -> str:
+        if self.flipped:
+            where = f": bit {self.flipped[1]} of byte {self.flipped[0]} was flipped, and nothing else"
+        else:
+            spans = ", ".join(f"{first}-{last}" for first, last in self.spans[:3])
+            more = f" and {len(self.spans) - 3} more ranges" if len(self.spans) > 3 else ""
+            where = f" (its hash differs in bytes {spans}{more})" if spans else ""
+        return f"manifest: {self.path} {self.reason}{where}"
+
+
 class FileHash:
-    """XXH3-128 of a file's bytes and XXH3-64 of each of its blocks, in one pass."""
+    """XXH3-128 of a file's bytes, XXH3-64 of each of its blocks, and its syndrome, in one pass."""
 
     def __init__(self) -> None:
         self.bytes = 0
+        self._syndrome = Syndrome()
         self._whole, self._block = xxhash.xxh3_128(), xxhash.xxh3_64()
         self._blocks: list[str] = []
 
@@ -50,6 +73,7 @@ class FileHash:
         """Add bytes."""
         view = memoryview(data)
         self._whole.update(view)
+        self._syndrome.update(view)
         while len(view):
             room = BLOCK_BYTES - self.bytes % BLOCK_BYTES
             self._block.update(view[:room])
@@ -62,6 +86,7 @@ class FileHash:
     def entry(self) -> dict[str, Any]:
         """What the manifest says of the file."""
         entry: dict[str, Any] = {"bytes": self.bytes, "xxh3_128": self._whole.hexdigest()}
+        entry["syndrome"] = self._syndrome.text()
         if self.bytes > BLOCK_BYTES:
             rest = [self._block.hexdigest()] if self.bytes % BLOCK_BYTES else []
             entry["blocks_xxh3_64"] = [*self._blocks, *rest]
@@ -75,6 +100,18 @@ def hash_file(path: Path) -> dict[str, Any]:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.entry()
+
+
+def _hash_of_bytes(path: Path, flip: tuple[int, int] | None = None) -> str:
+    """XXH3-128 of a file, or what it would be with one bit, (byte, bit), flipped."""
+    digest, at = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while chunk := bytearray(file.read(CHUNK_BYTES)):
+            if flip and at <= flip[0] < at + len(chunk):
+                chunk[flip[0] - at] ^= 1 << flip[1]
+            digest.update(chunk)
+            at += len(chunk)
+    return digest.hexdigest()
 
 
 def fsync_path(path: Path) -> None:
@@ -103,7 +140,8 @@ def commit(directory: Path, about: Mapping[str, Any], known: Mapping[str, Mappin
         files[name] = hash_file(directory / name)
     draft = directory / (MANIFEST + ".tmp")
     with draft.open("w", encoding="utf-8") as file:
-        json.dump({"files": files, "about": dict(about)}, file, indent=1)
+        tree = {"files": files, "about": dict(about)}
+        json.dump({**tree, "xxh3_128": _hash_of(tree)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     for folder in {directory, *(p for p in directory.rglob("*") if p.is_dir())}:
@@ -159,30 +197,48 @@ def read_manifest(directory: Path) -> Manifest:
         raise ValueError(f"manifest: {directory} holds no {MANIFEST}, so it was never finished; write it again")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return Manifest(directory, tree["files"], tree["about"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"manifest: {path} is damaged; use the copy before it") from None
+        own = tree.pop("xxh3_128", None)  # manifests of older versions have none
+        if tree.keys() == {"files", "about"} and own in (None, _hash_of(tree)):
+            return Manifest(directory, tree["files"], tree["about"])
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"manifest: {path} is damaged; use the copy before it")
+
+
+def _hash_of(tree: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(tree, sort_keys=True).encode())
 
 
 def verify(directory: Path) -> Manifest:
     """Re-hash a committed directory. Raises ValueError that names the first file which is not what was written."""
     manifest = read_manifest(directory)
-    for name, entry in manifest.files.items():
-        path = directory / name
-        if not path.is_file():
-            raise ValueError(f"manifest: {path} is missing; use the copy before it")
-        if path.stat().st_size != entry["bytes"]:
-            raise ValueError(f"manifest: {path} has {path.stat().st_size} bytes, {entry['bytes']} were written")
-        found = hash_file(path)
-        if found["xxh3_128"] != entry["xxh3_128"]:
-            raise ValueError(
-                f"manifest: {path} has changed since it was written (its hash differs{_where(found, entry)})"
-            )
+    for damage in damages(manifest):
+        raise ValueError(str(damage))
     return manifest
 
 
-def _where(found: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
-    """Which bytes differ, where blocks were hashed by themselves."""
-    pairs = zip(found.get("blocks_xxh3_64", ()), entry.get("blocks_xxh3_64", ()), strict=True)
-    spans = [f"{n * BLOCK_BYTES}-{(n + 1) * BLOCK_BYTES - 1}" for n, (is_, was) in enumerate(pairs) if is_ != was]
-    return f" in bytes {', '.join(spans[:3])}" if spans else ""
+def damages(manifest: Manifest) -> Iterator[Damage]:
+    """Re-hash every file of a committed directory; what is wrong, where, one by one."""
+    for name, entry in manifest.files.items():
+        path = manifest.path / name
+        if not path.is_file():
+            yield Damage(path, "is missing; use the copy before it")
+        elif path.stat().st_size != entry["bytes"]:
+            yield Damage(path, f"has {path.stat().st_size} bytes, {entry['bytes']} were written")
+        elif _hash_of_bytes(path) != entry["xxh3_128"]:
+            found = hash_file(path)
+            flipped = flipped_bit(found["syndrome"], entry["syndrome"]) if "syndrome" in entry else None
+            if flipped and _hash_of_bytes(path, flipped) != entry["xxh3_128"]:
+                flipped = None
+            yield Damage(path, "has changed since it was written", tuple(_spans(found, entry)), flipped)
+
+
+def _spans(found: Mapping[str, Any], entry: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Which ranges of bytes differ; the whole file where blocks were not hashed by themselves."""
+    known = entry.get("blocks_xxh3_64", ())
+    if len(known) != -(-entry["bytes"] // BLOCK_BYTES) or len(known) < 2:
+        yield 0, entry["bytes"] - 1
+        return
+    for number, (is_, was) in enumerate(zip(found["blocks_xxh3_64"], known, strict=True)):
+        if is_ != was:
+            yield number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, entry["bytes"]) - 1

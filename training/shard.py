@@ -6,7 +6,7 @@ a checkpoint is the largest thing that a run writes, so this writer streams. Any
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .manifest import FileHash, fsync_path
+from .manifest import Damage, FileHash, fsync_path
 
 INDEX = "index.json"
 WRITE_BYTES = 1 << 24
@@ -91,3 +91,29 @@ class StoredFragments:
 def key_of(name: str, part: str, start: int) -> str:
     """The key of a fragment in its file."""
     return f"{part}/{name}@{start}"
+
+
+def damaged_tensors(damage: Damage) -> list[str]:
+    """The tensors of a damaged safetensors file that the damage may lie in; empty if its header is not readable.
+
+    One flipped bit also names the element.
+    """
+    return list(_damaged_tensors(damage)) if damage.path.suffix == ".safetensors" and damage.spans else []
+
+
+def _damaged_tensors(damage: Damage) -> Iterator[str]:
+    spans = ((damage.flipped[0], damage.flipped[0]),) if damage.flipped else damage.spans
+    with damage.path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < damage.path.stat().st_size else {}
+            offsets = {key: (entry["data_offsets"], entry["shape"]) for key, entry in header.items() if key[:2] != "__"}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return
+    for key, ((start, end), shape) in offsets.items():
+        first, after = 8 + length + start, 8 + length + end
+        if not any(low < after and high >= first for low, high in spans):
+            continue
+        numbers = torch.Size(shape).numel()
+        element = f" element {(spans[0][0] - first) * numbers // (end - start)}" if damage.flipped and numbers else ""
+        yield f"{key}{element}"

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from shipyard.launch.cli import run_command
 from shipyard.launch.verify import findings_under
 from shipyard.training.manifest import new_directory, read_manifest
@@ -56,3 +58,31 @@ def test_other_parent_and_failed_certificate_are_named(run_dir: Path) -> None:
 
 def test_nothing_to_check_is_not_success(tmp_path: Path) -> None:
     assert run_command(["verify", str(tmp_path)]) == 2
+
+
+def test_a_damaged_checkpoint_is_named_to_the_bit_with_the_step_to_fall_back_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (4, 8, 12):
+        with new_directory(tmp_path / f"step-{step:06d}", {"step": step}) as scratch:
+            save_file({"weight": torch.arange(12.0).reshape(3, 4)}, scratch / "rank-00000.safetensors")
+    shards = [tmp_path / f"step-{step:06d}" / "rank-00000.safetensors" for step in (4, 8, 12)]
+    flip(shards[2], shards[2].stat().st_size - 4 * 5)
+    assert run_command(["verify", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    byte = shards[2].stat().st_size - 4 * 5
+    assert f"bit 0 of byte {byte} was flipped, and nothing else; in weight element 7" in out
+    assert "fall back to step 8: the same command goes on from step-000008 by itself" in out
+    flip(shards[0], 9)
+    flip(shards[1], 9)
+    (tmp_path / "step-000012" / "rank-00000.safetensors").unlink()
+    findings = {finding.kind: finding for finding in findings_under(tmp_path)}
+    assert findings["resume"].detail == "no checkpoint is whole; the same command starts the run over"
+    flip(shards[1], 9)
+    assert "fall back to step 8" in {f.kind: f.detail for f in findings_under(tmp_path)}["resume"]
+
+
+def flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)

@@ -91,8 +91,8 @@ def test_what_was_written_is_hashed_on_the_way(tmp_path: Path) -> None:
         file.seek(BLOCK_BYTES + 3)
         byte = file.read(1)[0]
         file.seek(BLOCK_BYTES + 3)
-        file.write(bytes([byte ^ 1]))
-    with pytest.raises(ValueError, match=f"hash differs in bytes {BLOCK_BYTES}-{2 * BLOCK_BYTES - 1}"):
+        file.write(bytes([byte ^ 3]))
+    with pytest.raises(ValueError, match=f"hash differs in bytes {BLOCK_BYTES}-{entry['bytes'] - 1}"):
         verify(tmp_path)
 
 
