@@ -29,7 +29,7 @@ from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "gpt2")
 TORCH_ATTENTION, TRITON_ATTENTION = "shipyard_torch", "shipyard_triton"
 
 
@@ -156,7 +156,7 @@ def causal_lm_forward(base: Any, *args, labels: torch.Tensor | None = None, **kw
     if targets is None:
         targets = F.pad(labels[..., 1:], (0, 1), value=-100)
     kwargs.pop("logits_to_keep", None)
-    outputs = base.model(*args, **kwargs)
+    outputs = base.base_model(*args, **kwargs)
     live = targets != -100
     loss, _ = linear_cross_entropy(outputs.last_hidden_state[live], weight, targets[live])
     mean: Any = loss / (live.sum() if items is None else items)
@@ -190,6 +190,7 @@ def sdpa_document(q_1HTD, k_1GTD, v_1GTE, scale, dropout, window, causal: bool) 
     )  # fmt: skip
 
 
+@torch.compiler.disable
 def attention_per_document(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -265,6 +266,7 @@ class _Borders:
 BORDERS = _Borders()
 
 
+@torch.compiler.disable
 def attention_triton(
     module: Any, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None,
     sliding_window: int | None = None, is_causal: bool | None = None, position_ids=None, **kwargs,

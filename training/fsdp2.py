@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -23,6 +22,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from .engine import Engine, Fragment, Read, moments
+from .models import blocks
 from .ranks import Ranks
 from .recipe import Recipe
 
@@ -127,13 +127,6 @@ class ShardedEngine(Engine):
         rows = -(-parameter.shape[0] // self.ranks.world_size)
         length = cast(Any, parameter).to_local().numel()
         return (rows * row * self.ranks.rank if length else 0), length
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer, which compute one after the other."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    kinds = set(getattr(plain, "_no_split_modules", None) or ())
-    return [module for module in plain.modules() if type(module).__name__ in kinds]
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

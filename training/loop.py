@@ -26,7 +26,7 @@ from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
 from .lora import add_adapters
 from .manifest import Manifest
 from .method import Method
-from .models import load_model, load_tokenizer
+from .models import load_model, load_tokenizer, prepare
 from .optim import build_optimizer, learning_rate
 from .parallel import build_engine
 from .pretrain import Pretraining, open_shards
@@ -64,9 +64,7 @@ def train(recipe: Recipe) -> Path:
     plug(model, recipe.model.kernels)
     if recipe.lora.rank:
         model = add_adapters(model, recipe.lora, recipe.seed)
-    if recipe.model.activation_checkpointing != "none":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+    prepare(model, recipe.model, ranks.device)
     needs_reference = recipe.method == "dpo" or (recipe.method == "grpo" and recipe.grpo.beta > 0)
     reference = Reference(model) if needs_reference else None
     optimizer = build_optimizer(recipe, model)
@@ -186,7 +184,8 @@ def identity(recipe: Recipe) -> str:
     if recipe.deterministic == "off":  # else they decide the last bit
         tree["batch"].pop("micro")
         tree["model"].pop("kernels")
-    tree["model"].pop("activation_checkpointing")
+    for how in ("activation_checkpointing", "compile"):
+        tree["model"].pop(how)
     return xxhash.xxh3_128_hexdigest(repr(sorted(_flat(tree, ""))).encode())
 
 

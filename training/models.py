@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,7 +20,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from . import recipe as recipes
+from .activations import recompute
 from .experts import watch
+from .float8 import require_hopper, use_float8
 from .init import initialise
 
 SCRATCH = "scratch"
@@ -119,6 +122,32 @@ def for_training(model: PreTrainedModel) -> PreTrainedModel:
             module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     watch(model)
     return model.train()
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformer, which compute one after the other."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    kinds = set(getattr(plain, "_no_split_modules", None) or ())
+    return [module for module in plain.modules() if type(module).__name__ in kinds]
+
+
+def prepare(model: nn.Module, knobs: recipes.Model, device: torch.device) -> None:
+    """Make blocks recompute, multiply in float8 and compile as the recipe says, in place, before an engine takes them.
+
+    Raises ValueError where this machine or this model cannot.
+    """
+    layers = blocks(model)
+    if knobs.float8:
+        require_hopper(device)
+        if not use_float8(layers):
+            raise ValueError("model.float8: no linear layer of this model has sizes that divide by 16; set it false")
+    recompute(model, knobs.activation_checkpointing, knobs.compile)
+    if knobs.compile:
+        for layer in layers:
+            for module in layer.modules():
+                if type(module).__name__.endswith("MoE"):  # how many tokens an expert gets is known too late
+                    module.forward = torch.compiler.disable(module.forward)
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def keep_one_arithmetic(model: nn.Module) -> None:
