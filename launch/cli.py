@@ -179,6 +179,24 @@ def verify(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run that named a bad step.")],
+    step: Annotated[int | None, typer.Option(min=1, help="Which one. [default: the last]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compute a run's bad step again: which rows, and is it bad still?"""
+    from dataclasses import asdict
+
+    from ..training.replay import replay as compute
+    from ..training.replay import report
+
+    found = compute(run, step)
+    typer.echo(json.dumps({**asdict(found), "bad": found.bad}) if as_json else "\n".join(report(found)))
+    if found.bad:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine can run, what clashes, what mends it."""
     from .doctor import examine, print_report

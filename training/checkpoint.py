@@ -203,6 +203,16 @@ def newest_for_all(ranks: Ranks, run_dir: Path) -> tuple[Manifest | None, list[s
     )
 
 
+def at_for_all(ranks: Ranks, run_dir: Path, step: int) -> Manifest | None:
+    """The checkpoint after `step` steps if it is intact, the same for every rank. Collective."""
+    found = None
+    if ranks.first and (path := committed(run_dir).get(step)) is not None:
+        with contextlib.suppress(ValueError):
+            found = verify(path)
+    there = ranks.sum({"there": float(found is not None)})["there"]
+    return read_manifest(run_dir / f"step-{step:06d}") if there else None
+
+
 def restore(engine: Engine, manifest: Manifest, load_method: Callable[[dict[str, Tensor]], None]) -> int:
     """Load a checkpoint into the engine and the method, this rank's ranges only; return the number of finished steps.
 

@@ -22,21 +22,24 @@ from .dataset import Dataset, Pair, Sample, load_dataset
 from .dpo import PreferenceTuning
 from .engine import Engine
 from .grpo import GroupRelativeTuning
+from .health import EXIT_BAD_STEP, BadStep, Norms
+from .heartbeat import watch
 from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
 from .lora import add_adapters
 from .manifest import Manifest
 from .method import Method
 from .models import load_model, load_tokenizer, prepare
-from .optim import build_optimizer, learning_rate
+from .optim import build_optimizer
 from .parallel import build_engine
 from .pretrain import Pretraining, open_shards
 from .ranks import Ranks, start
 from .recipe import Recipe, dump_recipe
 from .reference import Reference
 from .sft import SupervisedTuning
+from .step import run_step
 
 EXIT_PREEMPTED = 143
-CUT_KNOBS = ("run_dir", "resume", "parallel", "checkpoints", "log")
+CUT_KNOBS = ("run_dir", "resume", "parallel", "checkpoints", "health", "log")
 """Sections that say how and where a run is computed, not what: they may change between a run and its resumption."""
 
 
@@ -55,6 +58,25 @@ def train(recipe: Recipe) -> Path:
     found, complaints = checkpoint.newest_for_all(ranks, run_dir) if recipe.resume == "auto" else (None, [])
     if found is not None:
         _refuse_other_run(found, recipe)
+    tokenizer, data, engine, method = assemble(recipe, ranks, run_dir)
+    _claim(recipe, run_dir, ranks)
+    steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
+    log = StepLog(recipe, run_dir, steps, ranks.first)
+    _introduce(recipe, engine, data, steps, log)
+    for line in method.introduction():
+        log.say(line)
+    for complaint in complaints:
+        log.say(f"resume: {complaint}")
+    norms = Norms(recipe.health.spike_factor, found.about.get("norms", ()) if found is not None else ())
+    first_step = _resume(engine, method, found, log)
+    _steps(recipe, engine, method, run_dir, log, range(first_step, steps), norms)
+    finish.finish(recipe, engine, tokenizer, run_dir, identity(recipe), log)
+    log.close()
+    return run_dir
+
+
+def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset | None, Engine, Method]:
+    """Load and join a run's parts: tokenizer, data (None where a task generates it), engine with model, method."""
     tokenizer = load_tokenizer(recipe.model)
     made_by_method = recipe.method == "grpo" or recipe.data.tokens is not None
     data = None if made_by_method else load_dataset(recipe, tokenizer, run_dir)
@@ -69,42 +91,39 @@ def train(recipe: Recipe) -> Path:
     reference = Reference(model) if needs_reference else None
     optimizer = build_optimizer(recipe, model)
     engine = build_engine(ranks, model, optimizer, recipe)
-    method = _method(recipe, ranks, engine, tokenizer, data, reference)
-    _claim(recipe, run_dir, ranks)
-    steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
-    log = StepLog(recipe, run_dir, steps, ranks.first)
-    _introduce(recipe, engine, data, steps, log)
-    for line in method.introduction():
-        log.say(line)
-    for complaint in complaints:
-        log.say(f"resume: {complaint}")
-    first_step = _resume(engine, method, found, log)
-    _steps(recipe, engine, method, run_dir, log, range(first_step, steps))
-    finish.finish(recipe, engine, tokenizer, run_dir, identity(recipe), log)
-    log.close()
-    return run_dir
+    return tokenizer, data, engine, _method(recipe, ranks, engine, tokenizer, data, reference)
 
 
-def _steps(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: StepLog, todo: range) -> None:
+def _steps(
+    recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: StepLog, todo: range, norms: Norms
+) -> None:
     ranks, every = engine.ranks, recipe.checkpoints.every_steps
     saver = checkpoint.Saver(ranks, run_dir, recipe.checkpoints, recipe.parallel.timeout_s)
     peak = peak_flops(ranks.device, getattr(torch, recipe.model.dtype)) * ranks.world_size
     flops = flops_per_token(engine.module)
-    with _sigterm() as asked_to_stop, progress(recipe.method, len(todo), log.console, ranks.first) as advance:
+    with (
+        _sigterm() as asked_to_stop,
+        watch(ranks, recipe.health.heartbeat_s) as beat,
+        progress(recipe.method, len(todo), log.console, ranks.first) as advance,
+    ):
         for step in todo:
             began = time.perf_counter()
-            values = run_step(recipe, engine, method, step, todo.stop, bool(asked_to_stop))
-            seconds = time.perf_counter() - began
-            stop = values.pop("asked_to_stop") > 0
-            rate = values["tokens"] / seconds
-            mfu = values.pop("computed") / seconds * flops / peak
-            speed = {"tokens_per_s": rate, "mfu": mfu, "memory_gib": memory_gib(ranks.device)}
-            log.step(step + 1, {**values, **speed, "seconds": seconds})
+            beat(step)
+            try:
+                values = run_step(recipe, engine, method, step, todo.stop, bool(asked_to_stop), norms.largest())
+                norms.known.append(values["grad_norm"])
+                seconds = time.perf_counter() - began
+                mfu = values.pop("computed") / seconds * flops / peak
+                speed = {"tokens_per_s": values["tokens"] / seconds, "mfu": mfu, "memory_gib": memory_gib(ranks.device)}
+                values |= {**speed, "seconds": seconds}
+            except BadStep as bad:
+                values = _after_bad_step(recipe, engine, method, saver, norms, log, step, str(bad))
+            stop = values.pop("asked_to_stop", 0.0) > 0
+            log.step(step + 1, values)
             advance()
             last = step + 1 == todo.stop
             if last or stop or (every and (step + 1) % every == 0):
-                extra = {**method.state(), **experts.state(engine.module)}
-                saver.save(engine, step + 1, extra, about_checkpoint(recipe, engine))
+                _save(saver, recipe, engine, method, step + 1, norms)
             if stop and not last:
                 saver.finish()
                 log.say(f"SIGTERM: step {step + 1} is saved in {run_dir}; the same command goes on from there")
@@ -112,59 +131,51 @@ def _steps(recipe: Recipe, engine: Engine, method: Method, run_dir: Path, log: S
         saver.finish()
 
 
-def run_step(
-    recipe: Recipe, engine: Engine, method: Method, step: int, steps: int, asked_to_stop: bool = False
-) -> dict[str, float]:
-    """One optimizer step (`step` from 0); return the global numbers. Collective.
-
-    Raises ValueError, weights untouched, when the global loss is not a finite number.
-    """
-    batch = recipe.batch
-    items = method.batch(step)
-    totals = method.totals(items)
-    useful = method.useful(items)
-    parts: list[dict[str, float]] = []
-    micro_batches = engine.share(useful, batch.size, batch.micro)
-    for number, micro_items in enumerate(micro_batches):
-        with engine.micro_batch(last=number == len(micro_batches) - 1):
-            loss, numbers = method.loss(engine.model, micro_items, totals)
-            engine.backward(loss, last=number == len(micro_batches) - 1)
-        parts.append({**numbers, "asked_to_stop": float(asked_to_stop)})
-    values = engine.total(parts)
-    if values["loss"] != values["loss"] or abs(values["loss"]) == float("inf"):
-        raise ValueError(
-            f"loss: step {step + 1} gives {values['loss']}, and no weight was changed; lower optim.lr "
-            f"({recipe.optim.lr:g}) or look at the rows of this step with `shipyard data inspect`"
-        )
-    lr = learning_rate(recipe.optim, step, steps)
-    updates = engine.updates
-    norm = engine.step(lr)
-    loads = experts.balance(engine.module, engine.ranks, learn=engine.updates > updates)
-    counts = {"tokens": totals["tokens"], "supervised": totals["supervised"]}
-    counts["computed"] = method.totals(useful)["tokens"]  # rollouts without use are not run
-    return {
-        "loss": values.pop("loss"),
-        "lr": lr,
-        "grad_norm": norm,
-        **values,
-        **loads,
-        **method.summary(items),
-        **counts,
-    }
+def _after_bad_step(
+    recipe: Recipe, engine: Engine, method: Method, saver: checkpoint.Saver, norms: Norms, log: StepLog, step: int,
+    bad: str,
+) -> dict[str, float]:  # fmt: skip
+    """Stop with what came before `step` saved, or leave the step out, or go back to a checkpoint too. Collective."""
+    saver.finish()
+    every, choice = recipe.checkpoints.every_steps, recipe.health.on_bad_step
+    if choice == "stop":
+        if step:
+            _save(saver, recipe, engine, method, step, norms)
+            saver.finish()
+        log.say(f"{bad}; health.on_bad_step=skip or rewind goes on without it")
+        raise SystemExit(EXIT_BAD_STEP)
+    # Not the newest one: a SIGTERM may have left that, and a run decides alike with and without.
+    found = checkpoint.at_for_all(engine.ranks, saver.run_dir, step // every * every) if every else None
+    if choice == "rewind" and found is not None:
+        restore(engine, method, found)
+        norms.known.clear()
+        norms.known.extend(found.about["norms"])
+        log.say(f"{bad}; back to the weights of step {found.about['step']}, without the steps from there to this one")
+    else:
+        none = "; there is no checkpoint to rewind to" if choice == "rewind" else ""
+        log.say(f"{bad}; it is left out{none}")
+    return {"left_out": 1.0}
 
 
-def about_checkpoint(recipe: Recipe, engine: Engine) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it."""
-    return {"identity": identity(recipe), "world_size": engine.ranks.world_size, "engine": recipe.parallel.engine}
+def _save(saver: checkpoint.Saver, recipe: Recipe, engine: Engine, method: Method, step: int, norms: Norms) -> None:
+    """Begin to write the checkpoint after `step` finished steps. Collective."""
+    about = {"identity": identity(recipe), "world_size": engine.ranks.world_size, "engine": recipe.parallel.engine}
+    extra = {**method.state(), **experts.state(engine.module)}
+    saver.save(engine, step, extra, {**about, "norms": list(norms.known)})
+
+
+def restore(engine: Engine, method: Method, found: Manifest) -> int:
+    """Take up a checkpoint, experts' balance and the method's own state too; return the number of finished steps."""
+    return checkpoint.restore(
+        engine, found, lambda stored: method.load_state(experts.load_state(engine.module, stored))
+    )
 
 
 def _resume(engine: Engine, method: Method, found: Manifest | None, log: StepLog) -> int:
     if found is None:
         log.forget_from(0)
         return 0
-    step = checkpoint.restore(
-        engine, found, lambda stored: method.load_state(experts.load_state(engine.module, stored))
-    )
+    step = restore(engine, method, found)
     log.forget_from(step)
     log.say(f"resume: going on after step {step} from {found.path}")
     return step
