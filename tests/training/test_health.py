@@ -48,7 +48,7 @@ def made(tmp_path_factory, tiny_model: Path, chat_rows: Path) -> Made:
     rows.write_text("\n".join(lines) + "\n")
     tree = {
         "method": "sft", "steps": STEPS, "model": {"name": str(model), "dtype": "float32"},
-        "data": {"train": str(rows)}, "batch": {"size": SIZE, "micro": 1}, "optim": {"lr": 1e-3},
+        "data": {"train": str(rows)}, "batch": {"size": SIZE, "micro": 1}, "optim": {"lr": 3e-4},
         "checkpoints": {"every_steps": 2, "keep_last": 9}, "health": {"on_bad_step": "skip"},
     }  # fmt: skip
     path = folder / "recipe.yaml"
@@ -81,7 +81,9 @@ def weights(run: Path, step: int, part: str = "value") -> dict[str, torch.Tensor
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=name)
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize(
