@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .interpreter import multiply
+from .arithmetic import multiply
 
 RMS_BAR, MAX_BAR = 1.0, 2.0
+FEW = 100  # elements, below which a ratio of errors is a draw of lots
 ROWS_AT_ONCE = 64  # of a product: its accumulators stay in the cache
 
 
@@ -35,7 +36,7 @@ class Ratio:
 
 
 class CardProducts(TorchDispatchMode):
-    """Inside it, products of fp32, fp16 and bf16 matrices on the CPU add up as in `interpreter.multiply`."""
+    """Inside it, products of fp32, fp16 and bf16 matrices on the CPU add up as in `arithmetic.multiply`."""
 
     KINDS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,7 +65,11 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None)
 
 
 def run_all_ways(
-    mine: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[torch.Tensor], extras: Sequence[Any] = ()
+    mine: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    extras: Sequence[Any] = (),
+    backward: bool = True,
 ) -> list[list[torch.Tensor]]:
     """Outputs and input gradients of `mine`, and of `reference` in the inputs' dtype and in fp64."""
     results = []
@@ -77,7 +82,9 @@ def run_all_ways(
             outs = outs if isinstance(outs, tuple) else (outs,)
             seeds = seeds or [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
             grads = [s.to(o.dtype) for s, o in zip(seeds, outs, strict=True)]
-            results.append([o.detach() for o in outs] + list(torch.autograd.grad(outs, leaves, grads)))
+            results.append([o.detach() for o in outs])
+            if backward:
+                results[-1] += torch.autograd.grad(outs, leaves, grads)
     return results
 
 
@@ -98,6 +105,8 @@ def error_ratios(
         error, theirs = (x.double() - z).flatten(), (y.double() - z).flatten()
         eps = torch.finfo(x.dtype).eps
         floor = eps * max(z.abs().max().item() * 2**-6, scale / 8) + 1e-300  # exact results have no error to beat
+        if z.numel() < FEW:  # a handful of numbers, all within an ulp of the largest: whose is nearer is luck
+            floor = max(floor, eps * z.abs().max().item())
         rms = error.pow(2).mean().sqrt().item() / max(theirs.pow(2).mean().sqrt().item(), floor)
         ratio = Ratio(f"{name}[{index}]", rms, error.abs().max().item() / max(theirs.abs().max().item(), floor))
         if path := os.environ.get("SHIPYARD_KERNEL_RATIOS"):

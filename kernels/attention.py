@@ -273,7 +273,7 @@ def _sinks_gradient(sinks, lse_HT, inverse_HT, delta_HT, cu_q, switches):
         p_HT = torch.exp2((sink_H1 / switches["C"] - lse_HT) * switches["C"]) * inverse_HT
     else:
         p_HT = torch.exp2(sink_H1 - lse_HT)
-    return -torch.where(live_T, p_HT * delta_HT, 0.0).sum(1).to(sinks.dtype)
+    return -torch.where(live_T, p_HT * delta_HT, 0.0).sum(1, dtype=torch.float64).to(sinks.dtype)
 
 
 def _zero_slack(tensor: torch.Tensor, cu: torch.Tensor) -> None:

@@ -18,16 +18,21 @@ from .jit import jit, tl
 
 
 @jit
+def tanh_series(y):
+    """tanh(x) / x - 1 over y = x * x, below 0.55."""
+    near = tl.fma(y, 1.57394409e-2, -5.23025580e-2)
+    near = tl.fma(near, y, 1.33152157e-1)
+    near = tl.fma(near, y, -3.33327681e-1)
+    return near * y
+
+
+@jit
 def tanh(x, COMPUTE: tl.constexpr):
     """tanh to an ulp or two of fp32: a polynomial below 0.55, where 1 - 2 / (e^2x + 1) cancels."""
     far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
     if tl.float64 == COMPUTE:
         return far
-    y = x * x
-    near = tl.fma(y, 1.57394409e-2, -5.23025580e-2)
-    near = tl.fma(near, y, 1.33152157e-1)
-    near = tl.fma(near, y, -3.33327681e-1)
-    near = tl.fma(near * y, x, x)
+    near = tl.fma(tanh_series(x * x), x, x)
     return tl.where(tl.abs(x) < 0.55, near, far)
 
 
@@ -36,7 +41,7 @@ def raise_two(x, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr):
     """2 ** (x * C) for x <= 0 with the rounding of x * C and of C itself made good: half an ulp beside exp2's own."""
     x = tl.maximum(x, -1e30)  # -inf would make the correction NaN
     power = x * C
-    lost = tl.fma(x, tl.full([1, 1], C, COMPUTE), -power) + x * C_LOW
+    lost = tl.fma(x, tl.full(x.shape, C, COMPUTE), -power) + x * C_LOW
     y = tl.exp2(power)
     return tl.fma(y, lost * 0.6931471805599453, y)
 

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from . import attention, decode, linear_cross_entropy, rms_norm, rope, swiglu
 from .attention_backward_tiles import key_value_kernel, query_kernel
 from .attention_tiles import attention_kernel
-from .jit import next_power_of_2, tl
+from .jit import exponent, next_power_of_2, tl
 from .machine_code import read_amd, read_nvidia
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
@@ -135,22 +135,26 @@ def small_kernels() -> dict[str, tuple[Any, dict[str, Any], dict[str, str], int]
     """The kernels that have one configuration, at Llama 3 8B's widths: kernel, constants, types, warps."""
     fp32, width = tl.float32, 4096
     rope_types = {n: "*bf16" for n in ("q", "k", "out_q", "out_k")} | {"cos": "*fp32", "sin": "*fp32", "sign": "fp32"}
+    base = exponent(torch.bfloat16)
     norm = dict(WIDTH=width, BLOCK=next_power_of_2(width), COMPUTE=fp32)
     norm_types = {n: "*bf16" for n in ("x", "residual", "weight", "y", "s_out", "dy", "ds", "s_in", "dx")}
     norm_types |= {"rstd": "*fp32", "dw": "*fp32", "eps": "fp32"}
-    head = dict(WIDTH=width, CAP=0.0, SOFTCAP=False, BT=64, BV=64, BD=64, PRECISION="ieee", COMPUTE=fp32)
+    head = dict(
+        WIDTH=width, CAP=1.0, CAP_C=0.0, CAP_C_LOW=0.0, SOFTCAP=False, BT=64, BV=64, BD=64, PRECISION="ieee", **base
+    )
     head_types = {"x": "*bf16", "weight": "*bf16", "grad": "*bf16", "ids": "*i64"}
     head_types |= {n: "*fp32" for n in ("picked", "lse", "lost", "hit", "soft")}
     page = dict(
-        C=0.1275, GROUP=4, GROUP_TILE=16, HEADS=32, GROUPS=8, WIDTH=128, SLOTS=16, SPLIT=256, BN=64, COMPUTE=fp32
-    )
+        GROUP=4, GROUP_TILE=16, HEADS=32, GROUPS=8, WIDTH=128, SLOTS=16, SPLIT=256, BN=64,
+        **exponent(torch.bfloat16, 128**-0.5),
+    )  # fmt: skip
     page_types = {n: "*bf16" for n in ("q", "k", "v")} | {"page_table": "*i32", "lengths": "*i32"}
     page_types |= {n: "*fp32" for n in ("parts", "tops", "totals")}
     rotary = dict(
         HEADS=32, WIDTH=128, PAIRS=64, PAIRS_BLOCK=64, REST_BLOCK=1, BLOCK=16, INTERLEAVED=False, COMPUTE=fp32
     )
     gate = {n: "*bf16" for n in ("gate", "up", "out", "grad", "dgate", "dup")}
-    one = dict(BLOCK=swiglu.BLOCK, COMPUTE=fp32)
+    one = dict(BLOCK=swiglu.BLOCK, **base)
     warps = rms_norm.norm_warps(width)
     return {
         "rope": (rope.rope_kernel, rotary, rope_types, 4),

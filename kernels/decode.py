@@ -5,15 +5,13 @@ The keys of a sequence are cut every SPLIT_KEYS, whatever else is in the batch, 
 sequence's result is the same bits in every batch (the fixed split size of "Defeating nondeterminism in LLM inference").
 """
 
-import math
-
 import torch
 
-from .jit import cdiv, jit, next_power_of_2, tl, use_triton
+from .attention_tiles import add_product, raise_two
+from .jit import cdiv, exponent, jit, next_power_of_2, tl, use_triton
 
 SPLIT_KEYS = 256
 TILE_KEYS = 64
-LOG2_E = 1.0 / math.log(2.0)
 
 
 def decode_reference(q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, scale=None) -> torch.Tensor:
@@ -57,26 +55,26 @@ def decode_attention(q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, scale=None) -
     parts = torch.empty(rows, heads, splits, width, dtype=state, device=q_BHD.device)
     tops, totals = (torch.empty(rows, heads, splits, dtype=state, device=q_BHD.device) for _ in range(2))
     out_BHD = torch.empty_like(q_BHD)
-    compute = tl.float64 if state == torch.float64 else tl.float32
+    base = exponent(q_BHD.dtype, scale)
     if rows:
         decode_kernel[(rows, groups, splits)](
             q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, parts, tops, totals, page_table.shape[1], splits,
-            C=scale * LOG2_E, GROUP=heads // groups, GROUP_TILE=max(16, next_power_of_2(heads // groups)), HEADS=heads,
-            GROUPS=groups, WIDTH=width, SLOTS=slots, SPLIT=SPLIT_KEYS, BN=TILE_KEYS, COMPUTE=compute, num_warps=4,
-            num_stages=2,
+            GROUP=heads // groups, GROUP_TILE=max(16, next_power_of_2(heads // groups)), HEADS=heads,
+            GROUPS=groups, WIDTH=width, SLOTS=slots, SPLIT=SPLIT_KEYS, BN=TILE_KEYS, num_warps=4, num_stages=2,
+            **base,
         )  # fmt: skip
         join_kernel[(rows, heads)](
-            parts, tops, totals, lengths_B, out_BHD, splits, HEADS=heads, WIDTH=width, SPLIT=SPLIT_KEYS,
-            COMPUTE=compute, num_warps=1,
+            parts, tops, totals, lengths_B, out_BHD, splits, HEADS=heads, WIDTH=width, SPLIT=SPLIT_KEYS, num_warps=1,
+            **base,
         )  # fmt: skip
     return out_BHD
 
 
 @jit
 def decode_kernel(
-    q, k, v, page_table, lengths, parts, tops, totals, pages, splits, C: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_TILE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
-    SPLIT: tl.constexpr, BN: tl.constexpr, COMPUTE: tl.constexpr,
+    q, k, v, page_table, lengths, parts, tops, totals, pages, splits, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, SPLIT: tl.constexpr,
+    BN: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program makes one split of one key head of one sequence, for all query heads of the group at once."""
     row = tl.program_id(0).to(tl.int64)
@@ -102,23 +100,24 @@ def decode_kernel(
                    out_dtype=COMPUTE)  # fmt: skip
         s = tl.where(inside[None, :], s, float("-inf"))
         top_new = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2((s - top_new[:, None]) * C)
-        fade = tl.exp2((top - top_new) * C)
+        p = raise_two(s - top_new[:, None], C, C_LOW, COMPUTE)
+        fade = raise_two(top - top_new, C, C_LOW, COMPUTE)
         total = total * fade + tl.sum(p, 1)
         values = tl.load(v + at, mask=inside[:, None], other=0.0)
-        acc = tl.dot(p.to(v.dtype.element_ty), values, acc * fade[:, None], input_precision="ieee", out_dtype=COMPUTE)
+        p = p.to(v.dtype.element_ty)
+        acc = add_product(acc * fade[:, None], p, values, v.dtype.element_ty == tl.float32, "ieee", COMPUTE)
         top = top_new
     if start < length:
         part = head * splits + split
         tl.store(parts + part[:, None] * WIDTH + d[None, :], acc, mask=live[:, None])
-        tl.store(tops + part, top * C, mask=live)
+        tl.store(tops + part, top, mask=live)
         tl.store(totals + part, total, mask=live)
 
 
 @jit
 def join_kernel(
     parts, tops, totals, lengths, out, splits, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one head of one sequence, first to last."""
     row = tl.program_id(0).to(tl.int64)
@@ -132,7 +131,8 @@ def join_kernel(
         part = head * splits + split
         part_top = tl.load(tops + part)
         top_new = tl.maximum(top, part_top)
-        fade, weight = tl.exp2(top - top_new), tl.exp2(part_top - top_new)
+        fade = raise_two(top - top_new, C, C_LOW, COMPUTE)
+        weight = raise_two(part_top - top_new, C, C_LOW, COMPUTE)
         acc = acc * fade + tl.load(parts + part * WIDTH + d) * weight
         total = total * fade + tl.load(totals + part) * weight
         top = top_new

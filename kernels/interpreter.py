@@ -22,35 +22,18 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter as stock
 
+from .arithmetic import bf16_decode, bf16_encode, multiply, tf32_round
+
 Builder: Any = stock.InterpreterBuilder
 Handle: Any = stock.TensorHandle
 NEVER, MANY = -1, -2  # program ids in the shadow memory: nobody yet, more than one
 GUARD_BYTES = 1 << 16
 POISON = {1: 0xA5, 2: 0xFFED, 4: 0xFFC0DEAD, 8: 0xFFF8DEADBEEFCAFE}  # NaNs with a signature, by item size in bytes
-TENSOR_CORE_DEPTH = 16
+LOG2_E = 1.4426950408889634
 BIT_OPS = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
 
 
 # -- faithful arithmetic ----------------------------------------------------------------------------------------------
-
-
-def bf16_decode(bits: np.ndarray) -> np.ndarray:
-    """uint16 bit patterns -> float32, exact."""
-    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
-
-
-def bf16_encode(values: np.ndarray) -> np.ndarray:
-    """float -> uint16 bit patterns, round to nearest even; NaN stays NaN."""
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    bits = values.view(np.uint32)
-    rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-
-
-def tf32_round(values: np.ndarray) -> np.ndarray:
-    """float32 -> float32 with a 10-bit mantissa, to nearest, ties away from zero (cvt.rna.tf32.f32)."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _is_bf16(handle: Any) -> bool:
@@ -92,6 +75,13 @@ def _unary(self, value: Any, op: Any) -> Any:
     return _stock_unary(self, value, op)
 
 
+def _exp(self, value: Any) -> Any:
+    """A card has only 2 ** x: the product with log2 e rounds, an error that grows with |x|."""
+    if value.dtype.scalar != tl.float32:
+        return self.unary_op(value, np.exp)
+    return Handle(np.exp2(value.data * np.float32(LOG2_E)), tl.float32)
+
+
 def _fma(self, x: Any, y: Any, z: Any) -> Any:
     if z.dtype.scalar not in (tl.float32, tl.bfloat16):
         return _stock_fma(self, x, y, z)
@@ -105,36 +95,6 @@ def _sum(self, value: Any) -> Any:
         return _stock_sum(self, value)
     total = np.sum(bf16_decode(value.handle.data), axis=self.axis, keepdims=self.keep_dims)
     return self.to_tensor(bf16_encode(total), value.dtype)
-
-
-def tensor_core(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
-    """acc + a @ b in fp32, for operands of 11 mantissa bits or fewer: 16 exact products at a time join the accumulator
-    with one rounding. The card's alignment inside such a step truncates a little more; that is not modelled."""
-    for k in range(0, a.shape[-1], TENSOR_CORE_DEPTH):
-        part = slice(k, k + TENSOR_CORE_DEPTH)
-        acc = (acc + np.matmul(a[..., part], b[..., part, :])).astype(np.float32)
-    return acc
-
-
-def fma_chain(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
-    """acc + a @ b in fp32 as CUDA cores do it: one fused multiply-add after the other along the inner dimension."""
-    a_t = np.ascontiguousarray(np.swapaxes(a, -1, -2))
-    acc = acc.astype(np.float32)
-    work = np.empty(acc.shape, np.float64)
-    for k in range(a_t.shape[-2]):
-        np.multiply(a_t[..., k, :, None], b[..., k, None, :], out=work)  # exact: two 24-bit mantissas
-        work += acc
-        acc[...] = work
-    return acc
-
-
-def multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray, half: bool) -> np.ndarray:
-    """One matrix product in fp32 with each element's sum in a fixed order, wherever in a tile it stands.
-
-    A BLAS chooses that order by the shape and the processor, so with it neither bits nor errors would mean anything.
-    """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return tensor_core(a, b, acc) if half else fma_chain(a, b, acc)
 
 
 def _dot(self, a: Any, b: Any, acc: Any, precision: Any, max_imprecise: Any) -> Any:
@@ -316,6 +276,9 @@ class _Poisoner(TorchDispatchMode):
 _stock_load, _stock_store = Builder.create_masked_load, Builder.create_masked_store
 _stock_rmw, _stock_call = Builder.create_atomic_rmw, stock.GridExecutor.__call__
 _stock_init, _stock_restore = stock.GridExecutor._init_args_hst, stock.GridExecutor._restore_args_dev
+_stock_patch, _stock_numpy_type = stock._patch_lang, stock._get_np_dtype
+PATCHED: set[str] = set()  # names of the language's modules that this launch has patched
+NUMPY_TYPES: dict[str, np.dtype] = {}
 
 
 def _load(self, pointers, mask, other, *hints):
@@ -369,16 +332,41 @@ def _restore_args(self, args_dev, args_hst, kwargs, kwargs_hst):
 
 
 def _call(self, *args, **kwargs):
-    with np.errstate(all="ignore"):  # a GPU raises no warnings for exp(-inf) or inf - inf
-        return _stock_call(self, *args, **kwargs)
+    PATCHED.clear()
+    try:
+        with np.errstate(all="ignore"):  # a GPU raises no warnings for exp(-inf) or inf - inf
+            return _stock_call(self, *args, **kwargs)
+    finally:
+        PATCHED.clear()
+
+
+def _patch_language(fn):
+    """Triton looks through its whole language at each call of a function inside a kernel; once a launch is enough."""
+    modules = {name for name, value in fn.__globals__.items() if value is tl or value is tl.core}
+    if modules and modules <= PATCHED:
+        return stock._LangPatchScope()
+    PATCHED.update(modules)
+    return _stock_patch(fn)
+
+
+def _numpy_type(kind: Any) -> np.dtype:
+    """The stock function builds its table of types at each call."""
+    scalar = kind.scalar
+    if scalar.is_ptr():
+        return np.dtype(np.uint64)
+    if scalar.name not in NUMPY_TYPES:
+        NUMPY_TYPES[scalar.name] = _stock_numpy_type(scalar)
+    return NUMPY_TYPES[scalar.name]
 
 
 def install() -> None:
     """Patches Triton's interpreter in place. A second call changes nothing."""
     Builder.cast_impl, Builder.create_fp_to_fp = _cast, _float_to_float
     Builder.binary_op, Builder.unary_op, Builder.create_fma, Builder.create_dot = _binary, _unary, _fma, _dot
+    Builder.create_exp = _exp
     Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw = _load, _store, _atomic
     reduce_ops: Any = stock.ReduceOps
     reduce_ops.sum = _sum
     stock.GridExecutor._init_args_hst, stock.GridExecutor._restore_args_dev = _init_args, _restore_args
     stock.GridExecutor.__call__ = _call
+    stock._patch_lang, stock._get_np_dtype = _patch_language, _numpy_type

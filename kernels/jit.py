@@ -5,7 +5,9 @@ kernel runs on a GPU tensor, and on a CPU tensor when the process was started wi
 """
 
 import importlib.util
+import math
 import os
+import struct
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -63,3 +65,11 @@ def next_power_of_2(count: int) -> int:
 def cdiv(count: int, step: int) -> int:
     """Ceiling division."""
     return -(-count // step)
+
+
+def exponent(dtype: torch.dtype, factor: float = 1.0) -> dict[str, Any]:
+    """Arguments that make `raise_two` e ** (factor * x): a factor to base 2, what fp32 loses of it, and the type."""
+    c = factor / math.log(2.0)
+    wide = dtype == torch.float64
+    low = 0.0 if wide else c - struct.unpack("f", struct.pack("f", c))[0]
+    return dict(C=c, C_LOW=low, COMPUTE=tl.float64 if wide else tl.float32)

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from .jit import cdiv, jit, tl, use_triton
+from .attention_tiles import raise_two, tanh_series
+from .jit import cdiv, exponent, jit, tl, use_triton
 
 IGNORE = -100
 CHUNK_TOKENS = 256
@@ -147,9 +148,12 @@ def _backward_torch(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softca
 
 def _switches(x_TD, weight_VD, softcap) -> dict[str, Any]:
     tokens, rows, width = LOGIT_TILE
+    width = width // 2 if x_TD.dtype == torch.float32 else width  # shorter chains of sums round less
+    cap = softcap or 1.0
+    bend = exponent(x_TD.dtype, 2.0 / cap)
     return dict(
-        WIDTH=x_TD.shape[1], CAP=softcap or 0.0, SOFTCAP=softcap is not None, BT=tokens, BV=rows, BD=width,
-        PRECISION="ieee", COMPUTE=tl.float64 if x_TD.dtype == torch.float64 else tl.float32, num_warps=4,
+        WIDTH=x_TD.shape[1], CAP=cap, SOFTCAP=softcap is not None, BT=tokens, BV=rows, BD=width, PRECISION="ieee",
+        CAP_C=bend["C"], CAP_C_LOW=bend["C_LOW"], num_warps=4, **exponent(x_TD.dtype),
     )  # fmt: skip
 
 
@@ -187,10 +191,12 @@ def _backward_triton(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softc
 
 @jit
 def logit_tile(
-    x, weight, t, v, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr, SOFTCAP: tl.constexpr,
-    BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    x, weight, t, v, tokens, vocabulary,
+    WIDTH: tl.constexpr, CAP: tl.constexpr, CAP_C: tl.constexpr,
+    CAP_C_LOW: tl.constexpr, SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One (BT, BV) tile of logits, accumulated in COMPUTE; `t` and `v` are 64-bit row indices."""
+    """One (BT, BV) tile of logits, accumulated in COMPUTE, and the slope of their softcap; `t` and `v` are 64-bit."""
     logits = tl.zeros([BT, BV], COMPUTE)
     for first in range(0, WIDTH, BD):
         d = first + tl.arange(0, BD)
@@ -201,20 +207,29 @@ def logit_tile(
             logits += tl.dot(x_tile, tl.trans(w_tile), tl.zeros_like(logits), input_precision=PRECISION)
         else:
             logits = tl.dot(x_tile, tl.trans(w_tile), logits, input_precision=PRECISION, out_dtype=COMPUTE)
-    bend = logits
-    if SOFTCAP:
-        half = tl.exp(-2.0 * tl.abs(logits) / CAP)  # no overflow: tanh(|x|) = (1 - e) / (1 + e)
-        bend = (1.0 - half) / (1.0 + half)
-        bend = tl.where(logits < 0, -bend, bend)
-        logits = CAP * bend
-    return logits, bend
+    slope = logits
+    if SOFTCAP:  # cap * tanh(x / cap) with one rounding; 1 - tanh^2 without its cancellation
+        x_abs = tl.abs(logits)
+        fall = raise_two(-x_abs, CAP_C, CAP_C_LOW, COMPUTE)  # e^(-2 |x| / cap)
+        gap = 2.0 * fall / (1.0 + fall)  # 1 - tanh
+        slope = gap * (2.0 - gap)
+        far = tl.fma(gap, tl.full([1, 1], -CAP, COMPUTE), tl.full([1, 1], CAP, COMPUTE))
+        if tl.float32 == COMPUTE:
+            y = logits / CAP
+            near = tl.fma(x_abs, tanh_series(y * y), x_abs)
+            bend = near / CAP
+            slope = tl.where(bend < 0.5, tl.fma(bend, -bend, tl.full([1, 1], 1.0, COMPUTE)), slope)
+            far = tl.where(bend < 0.5, near, far)
+        logits = tl.where(logits < 0, -far, far)
+    return logits, slope
 
 
 @jit
 def log_prob_kernel(
-    x, weight, ids, picked, lse, lost, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr,
-    SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    x, weight, ids, picked, lse, lost, tokens, vocabulary,
+    WIDTH: tl.constexpr, CAP: tl.constexpr, CAP_C: tl.constexpr,
+    CAP_C_LOW: tl.constexpr, SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
 ):  # fmt: skip
     """One program sweeps the vocabulary for BT tokens with an online softmax; `lost` is what rounding takes from lse,
     which is large where log p and p are wanted to the last digit."""
@@ -225,11 +240,13 @@ def log_prob_kernel(
     found = tl.zeros([BT], COMPUTE)
     for first in range(0, vocabulary, BV):
         v = (first + tl.arange(0, BV)).to(tl.int64)
-        logits, _ = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, SOFTCAP, BT, BV, BD, PRECISION, COMPUTE)
+        logits, _ = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, CAP_C, CAP_C_LOW, SOFTCAP, BT, BV, BD,
+                                  PRECISION, COMPUTE)  # fmt: skip
         found += tl.sum(tl.where(target[:, None] == v[None, :], logits, 0.0), 1)
         logits = tl.where((v < vocabulary)[None, :], logits, float("-inf"))
         top_new = tl.maximum(top, tl.max(logits, 1))
-        total = total * tl.exp(top - top_new) + tl.sum(tl.exp(logits - top_new[:, None]), 1)
+        fade = raise_two(top - top_new, C, C_LOW, COMPUTE)
+        total = total * fade + tl.sum(raise_two(logits - top_new[:, None], C, C_LOW, COMPUTE), 1)
         top = top_new
     tl.store(picked + t, found, mask=t < tokens)
     rest = tl.log(total)
@@ -239,21 +256,23 @@ def log_prob_kernel(
 
 @jit
 def logit_gradient_kernel(
-    x, weight, ids, lse, lost, hit, soft, grad, tokens, vocabulary, WIDTH: tl.constexpr, CAP: tl.constexpr,
-    SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    x, weight, ids, lse, lost, hit, soft, grad, tokens, vocabulary,
+    WIDTH: tl.constexpr, CAP: tl.constexpr, CAP_C: tl.constexpr,
+    CAP_C_LOW: tl.constexpr, SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logit of one tile, recomputing its logits: hit where the target is, soft * p everywhere."""
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     v = (tl.program_id(1) * BV + tl.arange(0, BV)).to(tl.int64)
-    logits, bend = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, SOFTCAP, BT, BV, BD, PRECISION, COMPUTE)
+    logits, slope = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, CAP_C, CAP_C_LOW, SOFTCAP, BT, BV, BD,
+                                PRECISION, COMPUTE)  # fmt: skip
     live = t < tokens
     rounding = tl.load(lost + t, mask=live, other=0.0)[:, None]
-    p = tl.exp(logits - tl.load(lse + t, mask=live, other=float("inf"))[:, None] - rounding)
+    p = raise_two(logits - tl.load(lse + t, mask=live, other=float("inf"))[:, None] - rounding, C, C_LOW, COMPUTE)
     out = p * tl.load(soft + t, mask=live, other=0.0)[:, None]
     is_target = tl.load(ids + t, mask=live, other=-1)[:, None] == v[None, :]
     out = tl.where(is_target, out + tl.load(hit + t, mask=live, other=0.0)[:, None], out)
     if SOFTCAP:
-        out = out * (1.0 - bend * bend)
+        out = out * slope
     inside = live[:, None] & (v < vocabulary)[None, :]
     tl.store(grad + t[:, None] * vocabulary + v[None, :], out.to(grad.dtype.element_ty), mask=inside)

@@ -95,10 +95,17 @@ def rms_norm_kernel(
         s = s + tl.load(residual + row * WIDTH + d, mask=inside, other=0.0).to(COMPUTE)
         tl.store(s_out + row * WIDTH + d, s.to(kind), mask=inside)
         s = s.to(kind).to(COMPUTE)  # norm what the next layer will read
-    r = 1.0 / tl.sqrt(tl.sum(s * s, 0) / WIDTH + eps)
-    tl.store(rstd + row, r)
+    nothing = tl.zeros([BLOCK], COMPUTE)
+    mean = nothing + (tl.sum(s * s, 0) / WIDTH + eps)
+    r = 1.0 / tl.sqrt(mean)
+    part = mean * r
+    # one step of Newton's method gives what the root and the division lost; the result is rounded once
+    r_low = 0.5 * r * (tl.fma(-part, r, nothing + 1.0) - tl.fma(mean, r, -part) * r)
+    tl.store(rstd + row, tl.max(r + r_low, 0))
     w = tl.load(weight + d, mask=inside, other=0.0).to(COMPUTE)
-    tl.store(y + row * WIDTH + d, (s * r * w).to(kind), mask=inside)
+    x_hat = s * r
+    low = tl.fma(s, r, -x_hat) + s * r_low
+    tl.store(y + row * WIDTH + d, tl.fma(x_hat, w, low * w).to(kind), mask=inside)
 
 
 @jit
@@ -115,7 +122,7 @@ def rms_norm_backward_kernel(
     lost = tl.zeros([BLOCK], dtype=COMPUTE)  # Kahan: what rounding took from `total`
     for row in range(program * ROWS, tl.minimum((program + 1) * ROWS, rows)):
         at = row * WIDTH + d
-        r = tl.load(rstd + row)
+        r = tl.zeros([BLOCK], COMPUTE) + tl.load(rstd + row)
         x_hat = tl.load(s_in + at, mask=inside, other=0.0).to(COMPUTE) * r
         grad = tl.load(dy + at, mask=inside, other=0.0).to(COMPUTE)
         term = grad * x_hat - lost
@@ -123,8 +130,13 @@ def rms_norm_backward_kernel(
         lost = (grown - total) - term
         total = grown
         wdy = w * grad
-        out = r * (wdy - x_hat * (tl.sum(wdy * x_hat, 0) / WIDTH))
+        shrink = x_hat * (tl.sum(wdy * x_hat, 0) / WIDTH)
+        rest = wdy - shrink
+        back = rest - wdy
+        low = (wdy - (rest - back)) - (shrink + back) + tl.fma(w, grad, -wdy)  # what the two lines above lost
+        out = low * r
         if RESIDUAL:
             out += tl.load(ds + at, mask=inside, other=0.0).to(COMPUTE)
+        out = tl.fma(rest, r, out)
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
     tl.store(dw + program * WIDTH + d, total, mask=inside)

@@ -2,7 +2,8 @@
 
 import torch
 
-from .jit import cdiv, jit, tl, use_triton
+from .attention_tiles import raise_two
+from .jit import cdiv, exponent, jit, tl, use_triton
 
 BLOCK = 1024  # elements per program: 8 per thread of 4 warps, one 128-bit access
 
@@ -27,7 +28,7 @@ class _SwiGlu(torch.autograd.Function):
         out = torch.empty_like(gate)
         if out.numel():
             swiglu_kernel[(cdiv(out.numel(), BLOCK),)](
-                gate, up, out, out.numel(), BLOCK=BLOCK, COMPUTE=_compute(gate), num_warps=4
+                gate, up, out, out.numel(), BLOCK=BLOCK, num_warps=4, **exponent(gate.dtype)
             )
         return out
 
@@ -38,33 +39,63 @@ class _SwiGlu(torch.autograd.Function):
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
         if grad.numel():
             swiglu_backward_kernel[(cdiv(grad.numel(), BLOCK),)](
-                grad, gate, up, dgate, dup, grad.numel(), BLOCK=BLOCK, COMPUTE=_compute(gate), num_warps=4
+                grad, gate, up, dgate, dup, grad.numel(), BLOCK=BLOCK, num_warps=4, **exponent(gate.dtype)
             )
         return dgate, dup
 
 
-def _compute(tensor: torch.Tensor):
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+@jit
+def sigmoid(x, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr):
+    """sigmoid(x) and 1 - sigmoid(x), each with what its rounding lost; neither tail overflows or cancels."""
+    one = tl.full(x.shape, 1.0, COMPUTE)
+    fall = raise_two(-tl.abs(x), C, C_LOW, COMPUTE)
+    total = 1.0 + fall
+    large = 1.0 / total
+    large_low = large * (tl.fma(-large, total, one) - large * (fall - (total - 1.0)))
+    small = fall * large
+    small_low = tl.fma(fall, large, -small) + fall * large_low
+    right = x >= 0
+    low, rest_low = tl.where(right, large_low, small_low), tl.where(right, small_low, large_low)
+    return tl.where(right, large, small), low, tl.where(right, small, large), rest_low
 
 
 @jit
-def swiglu_kernel(gate, up, out, count, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
+def swiglu_kernel(
+    gate, up, out, count, BLOCK: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(COMPUTE)
     u = tl.load(up + at, mask=inside, other=0.0).to(COMPUTE)
-    tl.store(out + at, (g / (1.0 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=inside)
+    s, s_low, _, _ = sigmoid(g, C, C_LOW, COMPUTE)
+    silu = g * s
+    low = tl.fma(g, s, -silu) + g * s_low
+    low = tl.where(low == low, low, 0.0)  # an infinite gate
+    tl.store(out + at, tl.fma(silu, u, low * u).to(out.dtype.element_ty), mask=inside)
 
 
 @jit
-def swiglu_backward_kernel(grad, gate, up, dgate, dup, count, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
+def swiglu_backward_kernel(
+    grad, gate, up, dgate, dup, count, BLOCK: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """dup = dy silu(g) and dgate = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     dy = tl.load(grad + at, mask=inside, other=0.0).to(COMPUTE)
     g = tl.load(gate + at, mask=inside, other=0.0).to(COMPUTE)
     u = tl.load(up + at, mask=inside, other=0.0).to(COMPUTE)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    silu = g * sigmoid
-    tl.store(dup + at, (dy * silu).to(dup.dtype.element_ty), mask=inside)
-    slope = sigmoid + silu * (1.0 - sigmoid)
-    tl.store(dgate + at, (dy * u * slope).to(dgate.dtype.element_ty), mask=inside)
+    s, s_low, rest, rest_low = sigmoid(g, C, C_LOW, COMPUTE)
+    silu = g * s
+    low = tl.fma(g, s, -silu) + g * s_low
+    low = tl.where(low == low, low, 0.0)  # an infinite gate
+    tl.store(dup + at, tl.fma(silu, dy, low * dy).to(dup.dtype.element_ty), mask=inside)
+    term = g * rest
+    bend = 1.0 + term
+    part = bend - 1.0  # with this, the sum's rounding error is exact
+    bend_low = (1.0 - (bend - part)) + (term - part) + tl.fma(g, rest, -term) + g * rest_low
+    slope = s * bend
+    slope_low = tl.fma(s, bend, -slope) + s * bend_low + s_low * bend
+    w = dy * u
+    w_low = tl.fma(dy, u, -w)
+    tl.store(dgate + at, tl.fma(w, slope, w_low * slope + w * slope_low).to(dgate.dtype.element_ty), mask=inside)

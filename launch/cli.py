@@ -168,13 +168,14 @@ def bench(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A run, checkpoint, model, export or asset.")],
+    path: Annotated[Path, typer.Argument(help="A run, checkpoint, model, export or asset; or: kernels.")],
     as_json: Json = False,
 ) -> None:
-    """Re-check hashes, lineage and certificates."""
-    from .verify import verify_tree
+    """Re-check hashes, lineage and certificates, or prove the kernels."""
+    from .verify import verify_kernels, verify_tree
 
-    if not verify_tree(path, as_json):
+    passed = verify_kernels(as_json) if str(path) == "kernels" else verify_tree(path, as_json)
+    if not passed:
         raise typer.Exit(1)
 
 

@@ -44,7 +44,7 @@ for name in NAMES:
     importlib.import_module(f"shipyard.kernels.{name}")
 """
     names = sorted(path.stem for path in (Path(__file__).parents[2] / "kernels").glob("*.py"))
-    about_triton = ("interpreter", "machine_code", "datasheet", "datasheet_page", "traffic")
+    about_triton = ("proof", "interpreter", "machine_code", "datasheet", "datasheet_page", "traffic")
     names = [name for name in names if name not in about_triton]
     code = f"import importlib\nNAMES = {names}\n" + code
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -5,7 +5,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from shipyard.kernels.interpreter import Sanitizer, bf16_decode, bf16_encode, poisoned, tf32_round
+from shipyard.kernels.arithmetic import bf16_decode, bf16_encode, tf32_round
+from shipyard.kernels.interpreter import Sanitizer, poisoned
 from shipyard.kernels.jit import jit
 
 
