@@ -56,6 +56,28 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[str, typer.Option(help="COUNTxCARD: 512xH100-80GB.")] = "8xH100-80GB",
+    price: Annotated[float | None, typer.Option(help="Of one GPU for an hour, for the cost.")] = None,
+    search: Annotated[bool, typer.Option(help="Also try other ways to cut the step.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Memory, step time, days and cost on GPUs you do not have yet, and what would be faster."""
+    from .plan import plan_recipe
+    from .plan_page import as_tree, print_plan
+    from .tables import spinner
+
+    with spinner("measuring the model without computing it", quiet=as_json):
+        asked, others = plan_recipe(recipe, overrides or (), gpus, price, search)
+    if as_json:
+        typer.echo(json.dumps(as_tree(asked, others)))
+    else:
+        print_plan(asked, others)
+
+
+@app.command()
 def launch(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -84,12 +106,12 @@ def launch(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A run, or a model directory.")],
-    to: Annotated[Literal["hf", "gguf", "ollama", "litgpt"], typer.Option(help="Format.")] = "gguf",
+    to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="Format.")] = "gguf",
     quant: Annotated[str | None, typer.Option(help="f32, f16, bf16 or q8_0; for gguf several with commas.")] = None,
     out: Annotated[Path | None, typer.Option(help="New directory. [default: MODEL-FORMAT]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write hf, gguf, ollama or litgpt, with a parity certificate."""
+    """Write hf, gguf or ollama, with a parity certificate."""
     from ..serving.export import export as write
     from ..training.manifest import read_manifest
 
@@ -149,14 +171,18 @@ def evaluate(
 
 @app.command()
 def bench(
-    name: Annotated[Literal["kernels"], typer.Argument(help="What to time.")],
+    name: Annotated[Literal["kernels", "planner"], typer.Argument(help="What to time, or to check.")],
     datasheet: Annotated[
         bool, typer.Option("--datasheet", help="kernels: what each card's compiler made of them; needs no GPU.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write; --datasheet takes docs/kernels.md.")] = None,
 ) -> None:
     """Time the parts on this machine, beside their peers."""
-    if name == "kernels" and datasheet:
+    if name == "planner":
+        from ..evals.bench_planner import write_page
+
+        typer.echo(write_page(out or Path("docs/planner.md")))
+    elif name == "kernels" and datasheet:
         from ..kernels.datasheet_page import write_datasheet
 
         typer.echo(write_datasheet(out or Path("docs/kernels.md")))

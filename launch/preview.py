@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.text import Text
 
 from ..training.recipe import Recipe, dump_recipe
-from .memory import estimate, read_shape
 
 ROWS = 3
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -117,15 +116,14 @@ def is_hub_name(name: str) -> bool:
 
 
 def _memory(recipe: Recipe, world_size: int) -> tuple[list[tuple[str, int]], str | None]:
-    if recipe.model.shape:
-        return estimate(recipe, read_shape(recipe.model.shape), world_size), None
-    from ..training.models import locate
+    from .plan import dry_memory
 
     try:
-        config = json.loads((Path(locate(recipe.model.name)) / "config.json").read_text(encoding="utf-8"))
-        return estimate(recipe, config, world_size), None
-    except (ValueError, OSError, KeyError):
+        return dry_memory(recipe, world_size), None
+    except (OSError, KeyError):
         return [], f"memory: the shape of {recipe.model.name} is not known here; set model.shape"
+    except ValueError as error:
+        return [], f"memory: {error}"
 
 
 def _view_rows(recipe: Recipe, tokenizer: Any, count: int) -> Preview:

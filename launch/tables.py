@@ -69,15 +69,15 @@ def print_results(results: Sequence["Result"]) -> None:
 
 
 def print_memory(rows: Sequence[tuple[str, int]], world_size: int) -> None:
-    """Print bytes by category for one rank, in GB of 10^9 bytes."""
-    console.print(f"memory of one rank of {world_size}, estimated:", style="bold")
+    """Print bytes by category for one rank, in GiB of 2^30 bytes."""
+    console.print(f"memory of one rank of {world_size}, planned:", style="bold")
     table = Table()
     table.add_column("what")
-    table.add_column("GB", justify="right")
+    table.add_column("GiB", justify="right")
     for name, size in rows:
-        table.add_row(name, f"{size / 1e9:.2f}")
+        table.add_row(name, f"{size / 2**30:.2f}")
     table.add_section()
-    table.add_row("total", f"{sum(size for name, size in rows if 'host' not in name) / 1e9:.2f}")
+    table.add_row("total", f"{sum(size for name, size in rows if 'host' not in name) / 2**30:.2f}")
     console.print(table)
 
 

@@ -1,58 +1,78 @@
 """The memory table: exact counts, and sizes that move the right way."""
 
+import json
+from typing import Any
+
 import pytest
-import torch
-from shipyard.launch.memory import count_lora, count_parameters, estimate, read_shape
+from shipyard.launch.memory import memory_of, read_shape
+from shipyard.launch.plan import dry_memory
+from shipyard.launch.state import NF4_BYTES, parameters, state_of
+from shipyard.launch.workload import Workload
 from shipyard.training.recipe import parse_recipe
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+LLAMA_8B = 8_030_261_248
 
 
-def _on_meta(shape: str, **changes: object) -> PreTrainedModel:
-    config = AutoConfig.for_model(**(read_shape(shape) | changes))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return model
+@pytest.mark.parametrize(
+    ("shape", "total"), [("smollm2-135m", 134_515_008), ("llama3-8b", LLAMA_8B), ("llama3-70b", 70_553_706_496)]
+)
+def test_parameters_are_those_of_the_real_model(shape: str, total: int) -> None:
+    counted = parameters(json.dumps(read_shape(shape)))
+    assert sum(parameter.numbers for parameter in counted) == total
 
 
-@pytest.mark.parametrize(("shape", "total"), [("smollm2-135m", 134_515_008), ("llama3-8b", 8_030_261_248)])
-def test_parameters_are_counted_exactly(shape: str, total: int) -> None:
-    assert sum(count_parameters(read_shape(shape)).values()) == total
-    assert sum(parameter.numel() for parameter in _on_meta(shape).parameters()) == total
+def _work(**changes: Any) -> Workload:
+    fields: dict[str, Any] = {"config": json.dumps(read_shape("llama3-8b")), "ranks": 8, "tokens": 2048, "micro": 1}
+    return Workload(**{**fields, "engine": "ddp", **changes})
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "attention"])
-def test_lora_weights_are_counted_exactly(targets: str) -> None:
-    from shipyard.training.lora import add_adapters
-    from shipyard.training.recipe import Lora
+def test_state_follows_the_engine() -> None:
+    full = state_of(_work())
+    assert full.weights == full.gradients == 4 * LLAMA_8B
+    assert full.optimizer == 8 * LLAMA_8B
+    assert full.buffers > 4 * LLAMA_8B  # the all-reduce's buckets are a copy of the gradients
+    one, two, three = (state_of(_work(engine=f"zero{stage}", rounds=2)) for stage in (1, 2, 3))
+    assert one.optimizer == pytest.approx(12 * LLAMA_8B / 8, rel=1e-4)
+    assert one.gradients == 2 * LLAMA_8B
+    assert two.gradients == pytest.approx(2 * LLAMA_8B / 8, rel=0.2)
+    assert three.weights == pytest.approx(2 * LLAMA_8B / 8, rel=1e-3)
+    sharded = state_of(_work(engine="fsdp2"))
+    assert sharded.weights == sharded.gradients == pytest.approx(4 * LLAMA_8B / 8, rel=1e-3)
+    assert state_of(_work(engine="fsdp2", rounds=2)).gradients == 4 * LLAMA_8B  # whole, while a step adds up
+    adapters = state_of(_work(quantize="nf4", lora_rank=16))
+    frozen = sum(p.numbers * (NF4_BYTES if p.linear else 2) for p in parameters(_work().config))
+    trained = adapters.gradients
+    assert adapters.weights == round(frozen) + trained
+    assert adapters.optimizer == 2 * trained < 0.4e9
 
-    model = add_adapters(_on_meta("smollm2-135m", num_hidden_layers=2), Lora(rank=8, targets=targets), seed=0)  # type: ignore[arg-type]
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert count_lora(read_shape("smollm2-135m") | {"num_hidden_layers": 2}, 8, targets) == trained
+
+def test_offloaded_state_is_the_hosts() -> None:
+    for engine in ("zero2", "zero3", "fsdp2"):
+        here, there = (memory_of(_work(engine=engine, offload=offload)) for offload in (False, True))
+        assert here.host == 0
+        assert there.host > 8 * LLAMA_8B / 8
+        assert there.total < here.total
+        assert there.rows()[-1] == ("offloaded (host)", there.host)
 
 
-def _table(world_size: int = 8, **changes: object) -> dict[str, int]:
-    tree = {"method": "sft", "steps": 1, "model": {"name": "x"}, "data": {"train": "rows.jsonl"}}
-    for key, value in changes.items():
-        section, _, leaf = key.partition("__")
-        tree[section] = {**tree.get(section, {}), leaf: value} if leaf else value  # type: ignore[dict-item]
-    return dict(estimate(parse_recipe(tree), read_shape("llama3-8b"), world_size))
+def test_checkpointing_moves_activations_only() -> None:
+    none, selective, full = (memory_of(_work(checkpointing=mode)) for mode in ("none", "selective", "full"))
+    assert none.activations > 1.5 * selective.activations > 3 * full.activations
+    assert none.weights == full.weights
 
 
-def test_sizes_follow_the_recipe() -> None:
-    full = _table(parallel__engine="ddp")
-    assert full["weights"] == full["gradients"] == 4 * 8_030_261_248
-    assert full["optimizer"] == 8 * 8_030_261_248
-    one, two, three = (_table(parallel__engine=f"zero{stage}") for stage in (1, 2, 3))
-    assert one["optimizer"] == 12 * 8_030_261_248 // 8
-    assert two["gradients"] == one["gradients"] // 8
-    assert three["weights"] == one["weights"] // 8
-    qlora = _table(model__quantize="nf4", lora__rank=16)
-    assert 5.5e9 < qlora["weights"] < 6e9
-    assert qlora["gradients"] < 0.2e9
-    checkpointed = _table(model__activation_checkpointing="full")
-    assert checkpointed["activations"] < full["activations"] / 10
-    assert "optimizer (host)" in _table(parallel__engine="zero2", parallel__offload="cpu")
+def test_dry_run_has_every_category() -> None:
+    tree = {
+        "method": "dpo",
+        "steps": 1,
+        "model": {"name": "x", "shape": "smollm2-135m"},
+        "data": {"train": "rows.jsonl", "max_tokens": 128},
+        "batch": {"size": 6, "micro": 4},  # ragged: training accepts it
+    }
+    rows = dict(dry_memory(parse_recipe(tree), 1))
+    assert list(rows) == ["weights", "gradients", "optimizer", "activations", "buffers", "margin"]
+    assert rows["weights"] == 4 * 134_515_008 + 2 * 134_515_008  # and the frozen reference, in bf16
+    assert rows["margin"] == pytest.approx(0.05 * (sum(rows.values()) - rows["margin"]), rel=1e-6)
 
 
 def test_unknown_shape_names_the_known_ones() -> None:

@@ -1,0 +1,164 @@
+"""Activations: what the planner measures without computing against what a real model really saves."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from shipyard.launch.footprint import (
+    ActivationTracker,
+    Checkpointing,
+    Pass,
+    build,
+    extrapolate,
+    loss_of,
+    measure,
+)
+from shipyard.launch.op_costs import OpCosts
+from torch import Tensor, nn
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 211,
+    "tie_word_embeddings": False,
+}
+MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
+
+
+def _pass(mode: Checkpointing, samples: int = 2, **changes: Any) -> Pass:
+    return Pass(json.dumps(CONFIG | changes), samples, 48, mode, dtype="float32")
+
+
+def _real(what: Pass, layers: int) -> nn.Module:
+    model = build(what, layers).to_empty(device="cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # pyright: ignore
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    return model
+
+
+class _Saved:
+    """Bytes of distinct storages that autograd saves for backward and the weights do not hold already."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+        self.sizes: dict[int, int] = {}
+        self.kept: list[Tensor] = []
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.sizes[storage.data_ptr()] = storage.nbytes()
+            self.kept.append(tensor)  # so that no address is used twice
+        return tensor
+
+
+def _saved_bytes(what: Pass, layers: int) -> int:
+    model = _real(what, layers)
+    saved = _Saved(model)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        loss_of(model, what)
+    return sum(saved.sizes.values())
+
+
+def _tracked_bytes(what: Pass, layers: int) -> int:
+    """What torch's tracker counts on a real model: it sees selective checkpointing's own cache, which hooks do not."""
+    model = _real(what, layers)
+    tracker = ActivationTracker()
+    tracker.track_external(model)
+    with tracker:
+        loss = loss_of(model, what)
+        held = tracker.held()
+        loss.backward()
+    return held
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_block_keeps_what_autograd_saves(mode: Checkpointing) -> None:
+    what = _pass(mode)
+    planned = measure(what).block_bytes
+    assert planned == _tracked_bytes(what, 3) - _tracked_bytes(what, 2)
+    if mode != "selective":
+        assert planned == _saved_bytes(what, 3) - _saved_bytes(what, 2)
+    tokens, width, inner = 2 * 48, 64, 176
+    if mode == "full":
+        assert planned == 4 * tokens * width  # the block's input and nothing else
+    if mode == "selective":  # its input, six products, attention's output, and the row sums of its softmax
+        products = 64 + 2 * 32 + 64 + 2 * inner + 64
+        assert planned == 4 * tokens * (width + products + 64 + 4)
+
+
+def test_a_whole_model_follows_from_two_blocks() -> None:
+    """Measured blocks add up: five layers extrapolated from two hold what five layers really hold."""
+    for mode in MODES:
+        what = _pass(mode, num_hidden_layers=5)
+        footprint = measure(what)
+        whole = _real(what, 5)
+        tracker, costs = ActivationTracker(), OpCosts()
+        tracker.track_external(whole)
+        with tracker, costs:
+            loss_of(whole, what).backward()
+        ops = costs.finish()
+        assert footprint.peak_bytes == pytest.approx(tracker.peak, rel=0.01), mode
+        for kind in ("matmul", "attention"):
+            real = sum(op.flops for op in ops if op.kind == kind)
+            block = sum(op.flops for op in footprint.block_ops if op.kind == kind)
+            rest = sum(op.flops for op in footprint.rest_ops if op.kind == kind)
+            assert 5 * block + rest == real, (mode, kind)
+
+
+def test_flops_are_those_of_the_architecture() -> None:
+    """Six FLOPs a weight and token for products; attention's 4 (forward) and 10 (backward) per pair and head number."""
+    footprint = measure(_pass("none"))
+    tokens = 2 * 48
+    weights = 64 * (64 + 2 * 32 + 64 + 3 * 176)
+    assert sum(op.flops for op in footprint.block_ops if op.kind == "matmul") == 6 * tokens * weights
+    assert sum(op.flops for op in footprint.block_ops if op.kind == "attention") == 14 * 2 * 48 * 48 * 64
+    assert sum(op.flops for op in footprint.rest_ops) == 6 * tokens * 64 * 211
+
+
+def test_recomputation_costs_flops_and_saves_bytes() -> None:
+    none, selective, full = (measure(_pass(mode)) for mode in MODES)
+    assert none.block_bytes > selective.block_bytes > full.block_bytes
+    flops = [sum(op.flops for op in one.block_ops) for one in (none, selective, full)]
+    assert flops[0] == flops[1] < flops[2]
+
+
+def test_fused_runs_move_less_than_eager_ones() -> None:
+    block = measure(_pass("none")).block_ops
+    eager = sum(op.eager_bytes for op in block if op.kind == "pointwise")
+    fused = sum(op.fused_bytes for op in block if op.kind == "pointwise")
+    assert 0 < fused < eager / 2
+
+
+def test_more_samples_follow_from_two() -> None:
+    for mode in MODES:
+        measured, drawn = measure(_pass(mode, samples=5)), extrapolate(_pass(mode), 5)
+        assert drawn.block_bytes == measured.block_bytes
+        # the worst of several moments: each is a line, their maximum bends, by little
+        assert drawn.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.02)
+        assert sum(op.flops for op in drawn.block_ops) == sum(op.flops for op in measured.block_ops)
+        assert sum(op.fused_bytes for op in drawn.block_ops) == sum(op.fused_bytes for op in measured.block_ops)
+
+
+def test_packed_rows_pay_for_every_pair() -> None:
+    """Documents in one row are kept apart by a mask over all pairs of tokens, which torch's attention keeps per
+    block."""
+    apart, packed = measure(_pass("none", 4)), measure(replace(_pass("none", 4), packed=True))
+    pairs = (4 * 48) ** 2
+    assert packed.block_bytes - apart.block_bytes > pairs  # bytes, at one a pair or more
+    scores = [sum(op.flops for op in one.block_ops if op.kind == "attention") for one in (apart, packed)]
+    assert scores[1] == 4 * scores[0]
+
+
+def test_adapters_train_little_and_cost_less() -> None:
+    whole, adapters = measure(_pass("none")), measure(replace(_pass("none"), lora_rank=4))
+    products = [sum(op.flops for op in one.block_ops if op.kind == "matmul") for one in (whole, adapters)]
+    assert 2 / 3 < products[1] / products[0] < 1  # no gradients of frozen weights: four of six, and the adapters' own
