@@ -2,9 +2,18 @@
 
 import pytest
 import torch
-from shipyard.kernels.accuracy import MAX_BAR, CardProducts, error_ratios
+from shipyard.kernels.accuracy import MAX_BAR, CardProducts, error_ratios, hold_bars
 from shipyard.kernels.huggingface import plug
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from shipyard.launch.assets import resolve
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 SMALL = dict(
     vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -58,6 +67,60 @@ def test_every_model_type_in_fp64(name):
     assert all(torch.equal(x, y) for x, y in zip(again, stock, strict=True))
 
 
+TEXT = (
+    "The union of the states is strong. We know the way to the house of the old man who was the first of them all, "
+    "and it is not so far as they say."
+)
+
+
+def smollm2(layers: int, vocabulary: int | None, dtype: torch.dtype):
+    """SmolLM2-135M's first layers with their real weights, and a packed row of real text; ids from `vocabulary` on
+    are left out of both."""
+    path = resolve("asset:smollm2-135m-instruct")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, num_hidden_layers=layers, dtype=dtype, attn_implementation="eager"
+    )
+    ids = AutoTokenizer.from_pretrained(path)(TEXT, return_tensors="pt").input_ids
+    if vocabulary:
+        model.resize_token_embeddings(vocabulary)
+        ids = ids[ids < vocabulary][None]
+    ids = ids[:, :29]
+    positions = torch.cat([torch.arange(20), torch.arange(ids.shape[1] - 20)])[None]
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) % 7 == 3, -100)
+    return model.train(), ids, positions, labels
+
+
+def three_ways(model, run, dtype):
+    """What `run` gives plugged, with the model's own code in the same dtype, and in fp64."""
+    eager = run()
+    plugged = plug(model, "triton")
+    assert set(plugged.parts) == {"attention", "rope", "rms_norm", "swiglu", "loss"}
+    mine = run()
+    plugged.remove()
+    model.double()
+    exact = run()
+    model.to(dtype)
+    return mine, eager, exact
+
+
+@pytest.mark.parametrize(("layers", "vocabulary"), [(2, 2048), pytest.param(4, None, marks=pytest.mark.kernels_full)])
+def test_smollm2_logits_and_training_step(layers, vocabulary):
+    """Real weights in bf16: the logits, the loss and all gradients (as one vector, since a small tensor's ratio is
+    luck) are no further from fp64 than PyTorch's."""
+    model, ids, positions, labels = smollm2(layers, vocabulary, torch.bfloat16)
+
+    def logits():
+        with torch.no_grad(), CardProducts():
+            return [model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]]
+
+    mine, eager, exact = three_ways(model, logits, torch.bfloat16)
+    hold_bars(f"SmolLM2 logits, {layers} layers", mine, eager, exact)
+    mine, eager, exact = three_ways(model, lambda: step(model, ids, positions, labels), torch.bfloat16)
+    flat = [[torch.cat([x.flatten() for x in way[1:]])] for way in (mine, eager, exact)]
+    hold_bars(f"SmolLM2 training step, {layers} layers", *flat)
+    assert abs(mine[0].double() - exact[0]) <= 2 * abs(eager[0].double() - exact[0]) + 1e-6
+
+
 def smollm_shape(layers=2):
     """SmolLM2-135M's widths: 576 wide, 9 query and 3 key heads of 64; a smaller vocabulary."""
     return LlamaConfig(
@@ -67,10 +130,8 @@ def smollm_shape(layers=2):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("dtype", "draws"),
-    [(torch.bfloat16, 1), pytest.param(torch.float32, 6, marks=pytest.mark.kernels_full)],
-)
+@pytest.mark.kernels_full
+@pytest.mark.parametrize(("dtype", "draws"), [(torch.bfloat16, 1), (torch.float32, 6)])
 def test_one_training_step_at_smollm_shape(dtype, draws):
     """Loss and every gradient, pooled, no further from fp64 than the PyTorch path in the same dtype.
 
