@@ -38,6 +38,19 @@ def test_decode_accuracy(dtype):
         hold_bars(f"decode {dtype}", [mine], [eager], [exact])
 
 
+@pytest.mark.parametrize("kind", ["large logits", "equal maxima"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_decode_accuracy_on_adversarial_inputs(kind, dtype):
+    """Three splits, whose maxima differ by far or not at all, at a wider head."""
+    q, k, v, table, lengths = sample([700, 257], 4, 1, 128, dtype)
+    q, k = (q * 12, k) if kind == "large logits" else (q, k[:1, :1].expand_as(k).clone())
+    mine = decode_attention(q, k, v, table, lengths)
+    exact = decode_reference(q.double(), k.double(), v.double(), table, lengths)
+    with CardProducts():
+        eager = decode_reference(q, k, v, table, lengths)
+    hold_bars(f"decode {dtype} {kind}", [mine], [eager], [exact])
+
+
 def test_decode_is_batch_invariant():
     """Each sequence alone, in any order, and with a longer table gives the same bits."""
     q, k, v, table, lengths = sample([70, 600, 5])

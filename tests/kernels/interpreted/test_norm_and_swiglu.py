@@ -26,15 +26,16 @@ def test_rms_norm_accuracy(dtype, rows, width, residual):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_accuracy(dtype):
+@pytest.mark.parametrize("std", [0.1, 1.0, 10.0])
+def test_swiglu_accuracy(dtype, std):
     """Also where exp overflows and where the sigmoid vanishes."""
     torch.manual_seed(0)
-    gate = torch.cat([torch.randn(3000) * 3, torch.linspace(-120, 120, 97)]).to(dtype)
+    gate = torch.cat([torch.randn(3000) * std, torch.linspace(-120, 120, 97) * (std == 10.0)]).to(dtype)
     with Sanitizer() as report:
         mine, eager, exact = run_all_ways(swiglu, swiglu_reference, [gate, torch.randn(3097).to(dtype)])
     report.check()
     assert not any(poisoned(x).any() for x in mine)
-    hold_bars(f"swiglu {dtype}", mine, eager, exact)
+    hold_bars(f"swiglu {dtype} std={std}", mine, eager, exact)
 
 
 def test_gradcheck_norm_and_swiglu():
@@ -44,6 +45,12 @@ def test_gradcheck_norm_and_swiglu():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, w), fast_mode=True)
     assert torch.autograd.gradcheck(lambda x, w, r: rms_norm(x, w, 1e-3, r), (x, w, r.requires_grad_()), fast_mode=True)
     assert torch.autograd.gradcheck(swiglu, (x, r), fast_mode=True)
+
+
+def test_an_infinite_gate_stays_infinite():
+    """An overflow upstream must show, as in PyTorch, and not turn into another number."""
+    gate, up = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0]), torch.ones(4)
+    torch.testing.assert_close(swiglu(gate, up), swiglu_reference(gate, up), equal_nan=True)
 
 
 def test_rows_do_not_know_each_other():

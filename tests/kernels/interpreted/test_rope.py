@@ -58,6 +58,8 @@ def test_rope_laws():
     {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
      "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "truncate": False,
+     "attention_factor": 1.2},
 ])  # fmt: skip
 def test_scaling_equals_transformers(scaling):
     config = LlamaConfig(
