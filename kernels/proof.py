@@ -11,7 +11,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -252,10 +252,13 @@ def subjects() -> list[Subject]:
     ]  # fmt: skip
 
 
-def prove(hear: Callable[[Verdict], None]) -> bool:
-    """Runs the proof in a process of its own, since Triton must know the interpreter before its first import."""
+def prove(hear: Callable[[Verdict], None], kernels: Sequence[str] = ()) -> bool:
+    """Runs the proof in a process of its own, since Triton must know the interpreter before its first import.
+
+    `kernels` names those to prove; none means all. `hear` gets each verdict as it comes.
+    """
+    command = [sys.executable, "-m", "shipyard.kernels.proof", *kernels]
     environment = dict(os.environ, TRITON_INTERPRET="1")
-    command = [sys.executable, "-m", "shipyard.kernels.proof"]
     holds = []
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -272,5 +275,5 @@ def prove(hear: Callable[[Verdict], None]) -> bool:
 
 if __name__ == "__main__":
     for each in subjects():
-        for kind in DTYPES:
+        for kind in DTYPES if each.name in (sys.argv[1:] or [each.name]) else ():
             print(json.dumps(asdict(examine(each, kind))), flush=True)
