@@ -78,11 +78,16 @@ def evaluate(model: Path | str, recipe: Recipe | Path | str, rows: int = 0, stag
         result = evaluate_preference(network, tokenizer, recipe, rows)
     elif recipe.method == "grpo":
         result = evaluate_task(network, tokenizer, recipe, rows)
+    elif recipe.method == "pretrain" and recipe.data.tokens is not None:
+        from .bits_per_byte import evaluate_bits_per_byte  # which needs this file's Result
+
+        result = evaluate_bits_per_byte(network, tokenizer, recipe, rows)
     elif recipe.method == "sft" and recipe.data.labels:
         result = evaluate_choice(network, tokenizer, recipe, rows)
     else:
         raise ValueError(
-            f"method: {recipe.method} without data.labels has nothing to score; use sft + labels, dpo or grpo"
+            f"method: {recipe.method} without data.labels has nothing to score; use sft + labels, dpo, grpo, or "
+            "pretrain + data.tokens"
         )
     return replace(result, stage=stage, seconds=time.perf_counter() - start)
 

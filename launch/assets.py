@@ -20,7 +20,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, Literal
 
 import yaml
@@ -52,7 +52,7 @@ class Asset:
     package: str
     version: str
     licence: str
-    make: Literal["file", "directory", "model"]
+    make: Literal["file", "directory", "folder", "model"]
     members: Mapping[str, str]
     backend: str | None = None
     set: Mapping[str, Any] = field(default_factory=dict)
@@ -151,7 +151,10 @@ def _fetch(asset: Asset, directory: Path) -> None:
         about = asset.source
         with new_directory(directory, about) as scratch:
             for member, sha256 in asset.members.items():
-                _extract(archive, member, sha256, scratch / Path(member).name)
+                if asset.make == "folder":
+                    _extract_folder(archive, member, sha256, scratch)
+                else:
+                    _extract(archive, member, sha256, scratch / Path(member).name)
             if asset.set:
                 _edit_json(scratch / "tokenizer_config.json", asset.set)
             if asset.make == "model":
@@ -229,6 +232,24 @@ def _extract(archive: Path, member: str, sha256: str, target: Path) -> None:
         raise ValueError(
             f"sha256: {member} of {archive.name} has {digest.hexdigest()}, but {sha256} is pinned in assets.yaml; "
             "do not use it: the registry's file is not the one that was tried"
+        )
+
+
+def _extract_folder(archive: Path, pattern: str, sha256: str, target: Path) -> None:
+    """Copy a tarball's files of one folder, FOLDER/*.SUFFIX; the pinned hash is of all, each behind its name."""
+    digest = hashlib.sha256()
+    with tarfile.open(archive) as tarball:
+        members = {one.name: one for one in tarball.getmembers() if one.isfile() and PurePath(one.name).match(pattern)}
+        for name in sorted(members):
+            source = tarball.extractfile(members[name])
+            assert source is not None
+            data = source.read()
+            digest.update(Path(name).name.encode() + b"\0" + data)
+            (target / Path(name).name).write_bytes(data)
+    if digest.hexdigest() != sha256:
+        raise ValueError(
+            f"sha256: {pattern} of {archive.name} has {digest.hexdigest()}, but {sha256} is pinned in assets.yaml; "
+            "do not use it: the registry's files are not those that were tried"
         )
 
 

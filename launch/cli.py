@@ -171,7 +171,7 @@ def evaluate(
 
 @app.command()
 def bench(
-    name: Annotated[Literal["kernels", "planner"], typer.Argument(help="What to time, or to check.")],
+    name: Annotated[Literal["kernels", "data", "planner"], typer.Argument(help="What to time, or to check.")],
     datasheet: Annotated[
         bool, typer.Option("--datasheet", help="kernels: what each card's compiler made of them; needs no GPU.")
     ] = False,
@@ -190,6 +190,10 @@ def bench(
         from ..evals.bench_kernels import bench_kernels
 
         typer.echo(bench_kernels(out))
+    else:
+        from ..evals.bench_data import bench_data
+
+        typer.echo(bench_data(out))
 
 
 @app.command()
@@ -295,6 +299,19 @@ def build(
     from .workers import runner
 
     write(load_recipe(recipe, overrides or ()), runner(on, workers), typer.echo)
+
+
+@data_app.command("tokenizer")
+def tokenizer(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    size: Annotated[int, typer.Option(help="How many tokens.")] = 4096,
+) -> None:
+    """Learn a tokenizer from the recipe's documents, into model.tokenizer."""
+    from ..training.recipe import load_recipe
+    from ..training.tokenizer import train_tokenizer
+
+    typer.echo(train_tokenizer(load_recipe(recipe, overrides or ()), size))
 
 
 def _model_dir(model: str) -> Path:

@@ -62,8 +62,9 @@ def print_results(results: Sequence["Result"]) -> None:
         table.add_column(column, justify="right")
     table.add_column("note")
     for result in results:
-        interval = f"{result.low:.1%} - {result.high:.1%}"
-        numbers = (f"{result.value:.1%}", interval, str(result.n), f"{result.seconds:.0f}")
+        form = "{:.3f}" if result.metric == "bits per byte" else "{:.1%}"
+        interval = f"{form.format(result.low)} - {form.format(result.high)}"
+        numbers = (form.format(result.value), interval, str(result.n), f"{result.seconds:.0f}")
         table.add_row(result.stage, result.suite, result.metric, *numbers, result.note)
     console.print(table)
 

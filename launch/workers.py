@@ -17,27 +17,33 @@ from .tables import console
 
 def runner(on: Literal["local", "ray"], workers: int = 0) -> Runner:
     """Who runs the tasks of a build. `workers` 0: a process a core, or all that the cluster has."""
-    return functools.partial(_on_ray if on == "ray" else _on_this_machine, workers)
+    if on == "ray":
+        return functools.partial(_on_ray, workers)
+    pools: list[ProcessPoolExecutor] = []  # its processes live as long as the runner, and serve every stage
 
+    def run(task: Task, work: Path, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+        from ..training.log import progress
 
-def _on_this_machine(workers: int, task: Task, work: Path, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-    from ..training.log import progress
-
-    size = min(workers or len(os.sched_getaffinity(0)), len(numbers))
-    with progress(task.__name__.replace("_", " "), len(numbers), console) as advance:
-        if size <= 1:
-            for number in numbers:
-                yield careful(task, work, number)
-                advance()
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(size, context, _stay_with_parent, (os.getpid(),)) as pool:
+        size = workers or len(os.sched_getaffinity(0))
+        with progress(task.__name__.replace("_", " "), len(numbers), console) as advance:
+            if size == 1 or len(numbers) < 2:
+                for number in numbers:
+                    yield careful(task, work, number)
+                    advance()
+                return
+            if not pools:
+                context = multiprocessing.get_context("spawn")
+                pools.append(ProcessPoolExecutor(size, context, _stay_with_parent, (os.getpid(),)))
+            futures = [pools[0].submit(careful, task, work, number) for number in numbers]
             try:
-                for future in as_completed([pool.submit(careful, task, work, number) for number in numbers]):
+                for future in as_completed(futures):
                     yield future.result()
                     advance()
             finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+                for future in futures:
+                    future.cancel()
+
+    return run
 
 
 def _stay_with_parent(parent: int) -> None:

@@ -65,14 +65,27 @@ def load_tokenizer(model: recipes.Model) -> PreTrainedTokenizerBase:
     name = model.tokenizer or model.name
     if name == SCRATCH:
         raise ValueError("model.tokenizer: a model from scratch needs one; name a directory, hub name or asset:NAME")
+    source = _locate_tokenizer(name) if model.tokenizer else locate(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(name))
+        tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.decode(tokenizer("a b", add_special_tokens=False)["input_ids"]) == "ab":
             # DeepSeek V3's config names LlamaTokenizerFast, which transformers 5 rebuilds without its spaces
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(locate(name))
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     except (OSError, ImportError) as error:
         raise ValueError(_unreachable("model.tokenizer", name, error)) from None
     return tokenizer
+
+
+def _locate_tokenizer(name: str) -> str:
+    """A directory that holds a tokenizer and no model, an asset, or what `locate` knows."""
+    from ..launch.assets import resolve
+
+    path = resolve(name)
+    if (path / "tokenizer.json").is_file():
+        return str(path)
+    if name.startswith((".", "/", "~", "runs/")) and not path.exists():
+        raise ValueError(f"model.tokenizer: {name} does not exist; name another, or `shipyard data tokenizer` makes it")
+    return locate(name)
 
 
 def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreTrainedModel:

@@ -40,12 +40,12 @@ class Plan:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is there whole, on disk, or not at all."""
+    """Write a file that is there whole or not at all, whenever this process is killed.
+
+    It is not forced to disk: the commit at the end does that, and compares with what was written.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    draft.write_bytes(content)
     draft.rename(path)
 
 
@@ -171,8 +171,6 @@ class _ShardWriter:
 
     def close(self) -> dict[str, Any] | None:
         """Give the shard its name; None if nothing is in it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
         if not self.lengths:
             self.draft.unlink()

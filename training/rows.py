@@ -184,11 +184,12 @@ def read_parquet(path: Path, groups: range | None = None) -> Iterator[Row]:
 def files_in(folder: Path, split: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """Return a folder's data files in order; where names say train, test ..., those of the split."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = [path for path in files if path.name != "manifest.json"]
     beside = [path for path in files if path.suffix.lower() in BESIDE_DATA or not path.suffix]
     strange = [path for path in files if path.suffix.lower() not in suffixes and path not in beside]
     if strange:
         raise ValueError(f"data: {strange[0]} has an unknown suffix; move it away, or use {', '.join(suffixes)}")
-    data = [path for path in files if path.suffix.lower() in suffixes and path.name != "manifest.json"]
+    data = [path for path in files if path.suffix.lower() in suffixes]
     if not data:
         raise ValueError(f"data: {folder} holds no data file ({', '.join(suffixes)})")
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower())) for path in data}
