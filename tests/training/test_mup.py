@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from shipyard.training.init import initialise, kinds
 from shipyard.training.models import load_model
 from shipyard.training.optim import build_optimizer, set_learning_rate
 from shipyard.training.recipe import parse_recipe
+from shipyard.training.shard import StoredFragments
 
 BASE, WIDE, LR = 64, 256, 1e-2
 
@@ -96,3 +98,30 @@ def test_values_depend_on_seed_and_name_alone(tmp_path: Path) -> None:
 def test_tied_heads_are_refused_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.init: mup .* tie_word_embeddings: false, or use init: scaled"):
         load_model(recipe_of(tmp_path, BASE, "mup", tied=True).model, trains_all=True)
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero3"))]
+)
+def test_rates_survive_every_engine(engine: str, tiny_model: Path, chat_rows: Path, shipyard, tmp_path: Path) -> None:
+    """Two ranks, whose engine makes groups of its own, against one: the same weights after three steps."""
+    from shipyard.training.loop import train
+    from shipyard.training.recipe import load_recipe
+
+    shape = json.loads((tiny_model / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    model = {"name": "scratch", "shape": str(tmp_path / "shape.json"), "tokenizer": str(tiny_model)}
+    tree = {
+        "method": "sft", "steps": 3, "data": {"train": str(chat_rows)}, "batch": {"size": 8, "micro": 3},
+        "model": {**model, "dtype": "float32", "init": "mup", "mup_base_width": 16}, "optim": {"lr": 1e-3},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(load_recipe(tmp_path / "r.yaml", [f"run_dir={one}"]))
+    shipyard("train", tmp_path / "r.yaml", f"run_dir={two}", f"parallel.engine={engine}", ranks=2)
+    ours, theirs = (StoredFragments(run / "step-000003").whole() for run in (one, two))
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-6
+    start = load_model(load_recipe(tmp_path / "r.yaml").model, trains_all=True, seed=17)
+    moved = {name: float((ours[name] - start.get_parameter(name)).abs().max().detach()) for name in ours}
+    hidden, embedding = moved["model.layers.0.mlp.up_proj.weight"], moved["model.embed_tokens.weight"]
+    assert hidden == pytest.approx(embedding / 4, rel=0.3)  # four times the base width
