@@ -1,7 +1,8 @@
 """Times every kernel on a real GPU against PyTorch and, where installed, flash-attn and Liger; prints a table.
 
 `python -m shipyard.evals.bench_kernels`. On a machine without a GPU it says so in one sentence and succeeds.
-Times are medians of `triton.testing.do_bench` in milliseconds, at Llama 3 8B's shapes in bf16.
+Times are medians of `triton.testing.do_bench` in milliseconds, at Llama 3 8B's shapes in bf16. Liger's cross-entropy
+makes its gradient in the forward pass, and some of its kernels work in place: read its two columns together.
 """
 
 import importlib.util
@@ -109,6 +110,10 @@ def elementwise_timings() -> list[Timing]:
         rows.append(clock("swiglu", "Liger", liger.apply, [gate, up]))
         liger = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
         rows.append(clock("rms_norm", "Liger", lambda x, w: liger.apply(x, w, 1e-5), [x, weight]))
+        rotate = importlib.import_module("liger_kernel.ops.rope").LigerRopeFunction
+        whole = [torch.cat([part, part], -1) for part in (cos, sin)]  # it wants the table twice over
+        turned = lambda q, k: rotate.apply(q.transpose(1, 2), k.transpose(1, 2), *whole)
+        rows.append(clock("rope", "Liger", turned, [q, k]))
     return rows
 
 

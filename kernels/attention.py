@@ -52,31 +52,51 @@ def attention_tile(arch: str, part: str, width: int, value_width: int, dtype: to
         return Tile(16, 16, 4, 1)
     if dtype == torch.float32:  # fp32 dots run outside the tensor cores; tiles are bounded by registers
         return Tile(64, 32, 8, 1) if wide <= 128 else Tile(32, 32, 8, 1)
-    return _half_tile(arch, part, wide)
+    tiles = {"forward": _forward_tile, "keys": _keys_tile, "queries": _queries_tile}
+    return tiles[part](arch, wide)
 
 
-def _half_tile(arch: str, part: str, wide: int) -> Tile:
+def _forward_tile(arch: str, wide: int) -> Tile:
+    """Each is the shortest hot loop that neither spills nor passes the card's shared memory, features on and off."""
     if arch.startswith("gfx"):
-        table = {"forward": Tile(128, 64, 4, 1), "keys": Tile(32, 64, 4, 1), "queries": Tile(64, 32, 4, 1)}
-        return table[part] if wide <= 128 else Tile(64, 32, 4, 1)
-    big = arch in ("sm_90", "sm_100")
-    if part == "forward":
-        if wide <= 128:
-            if arch == "sm_100" and wide > 64:  # 128 keys spill here
-                return Tile(128, 64, 8, 2)
-            if arch in ("sm_89", "sm_120") and wide > 64:  # as above, of 64 keys with 128 queries
-                return Tile(64, 64, 4, 2)
-            return Tile(128, 128, 8, 2) if big else Tile(128, 64, 4 if wide <= 64 else 8, 2)
-        return Tile(128, 64, 8, 2) if big else Tile(64, 32, 4, 2)
-    if part == "keys":
-        if wide <= 64:
-            return Tile(64, 128, 8, 2)
-        if big and wide <= 128:
-            return Tile(32, 128, 8, 2)
-        if wide in (80, 96):  # two-part tiles: eight warps spill
-            return Tile(32, 64, 4, 1)
-        return Tile(64 if wide <= 128 else 32, 64, 8, 1)
-    return Tile(128, 64, 8, 2) if big and wide <= 128 else Tile(64, 64 if wide <= 128 else 32, 4, 1)
+        return Tile(128, 64, 4, 1) if wide <= 128 else Tile(64, 32, 4, 1)
+    if arch == "sm_90":
+        return Tile(128, 128 if wide <= 128 else 64, 8, 2)
+    if arch == "sm_100":
+        return Tile(128, 128 if wide <= 64 else 64, 8, 2)
+    if wide > 128:
+        return Tile(64, 32, 4, 2) if wide < 256 or arch == "sm_80" else Tile(64, 64, 8, 1)
+    if arch == "sm_80":
+        return Tile(128, 128 if wide == 128 else 64, 4 if wide <= 64 else 8, 2)
+    if arch == "sm_89":
+        return {64: Tile(64, 128, 4, 2), 128: Tile(128, 64, 8, 2)}.get(wide, Tile(64, 64, 4, 2))
+    return {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 1)}.get(wide, Tile(64, 64, 4, 2))
+
+
+def _keys_tile(arch: str, wide: int) -> Tile:
+    if arch.startswith("gfx"):
+        return Tile(32, 64 if wide <= 128 else 32, 4, 1)
+    if wide <= 64:
+        return Tile(64, 128, 8, 2)
+    if arch in ("sm_90", "sm_100"):
+        if wide == 256:  # dK and dV of 64 keys fill sm_100's tensor memory: HMMA there
+            return Tile(16, 64, 8, 2) if arch == "sm_90" else Tile(32, 32, 8, 1)
+        return Tile(32, 128, 8, 2) if wide <= 128 else Tile(32, 64, 8, 1)
+    if wide in (80, 96):  # two-part tiles: eight warps spill
+        return Tile(32, 64, 4, 2)
+    return {128: Tile(64, 64, 8, 1), 192: Tile(64, 32, 8, 1)}.get(wide, Tile(32, 32, 8, 1))
+
+
+def _queries_tile(arch: str, wide: int) -> Tile:
+    if arch.startswith("gfx"):
+        return Tile(64, 32, 4, 1)
+    if arch in ("sm_90", "sm_100") and wide <= 128:
+        return Tile(128, 64, 8, 2)
+    if arch == "sm_120" and wide in (96, 128, 192):
+        return {96: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 1)}.get(wide, Tile(32, 32, 4, 1))
+    if wide == 256:
+        return Tile(128, 32, 8, 2) if arch == "sm_90" else Tile(64, 32, 8 if arch == "sm_80" else 4, 1)
+    return Tile(64, 64 if wide <= 128 else 32, 4, 1)
 
 
 def attention_reference(q_THD, k_SGD, v_SGE, cu_seqlens=None, *, cu_seqlens_k=None, causal=True, window=None,

@@ -1,43 +1,60 @@
 """Writes docs/kernels.md from the sheets, the traffic counts and the accuracy ratios.
 
-`python -m shipyard.kernels.datasheet_page SHEETS.json [RATIOS.jsonl]`: the first is a list of sheets as
-`shipyard.kernels.datasheet` prints it, the second what the tests leave in $SHIPYARD_KERNEL_RATIOS.
+`shipyard bench kernels --datasheet` compiles and writes the page. `python -m shipyard.kernels.datasheet_page --golden`
+makes what compiles now the golden file, which nothing else overwrites; `--golden decode` replaces decode's lines alone.
 """
 
 import json
+import os
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from .datasheet import MATRIX_FLOPS_A_CLOCK, REFERENCE, WIDTHS, Sheet, build_datasheet, problems, sheet_from
-from .traffic import measured
+from .datasheet import (
+    GOLDEN,
+    MATRIX_FLOPS_A_CLOCK,
+    REFERENCE,
+    Sheet,
+    build_datasheet,
+    datasheet_of,
+    golden_of,
+    problems,
+    read_golden,
+    second_triton,
+    write_golden,  # fmt: skip
+)
+from .shipped import ARCHITECTURES, FEATURES, VARIANTS
+from .traffic import LENGTHS, measured
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+RATIOS = "SHIPYARD_KERNEL_RATIOS"
 SCORES_A_WARP = 2048  # what one warp of FlashAttention-2 (128 x 64, 4 warps) and -4 (128 x 128, 8 warps) does per tile
 PLAIN_BAR, DIAGONAL_BAR = 1.10, 1.25
+CARDS = {"sm_80": "A100", "sm_89": "L40S, RTX 40", "sm_90": "H100, H200", "sm_100": "B200", "sm_120": "RTX 50, RTX PRO",
+         "gfx942": "MI300X", "gfx950": "MI355X"}  # fmt: skip
+REFERENCE_NAME = {"sm_80": "FlashAttention-2", "sm_90": "FlashAttention-4"}
+RATIO_HEAD = ["card", "Triton", "loop", "ours", "theirs", "ratio", "bar", "holds"]
+SHEET_HEAD = ["kernel", "tile", "warps", "registers", "stack B", "shared KiB", "blocks an SM", "occupancy",
+              "128-bit bytes", "hot loops", "other Triton", "roofline (model)"]  # fmt: skip
 
 
 def per_reference_tile(sheet: Sheet, loop: str) -> float:
     """Instructions a warp issues for 2048 scores, the tile of the hand-written kernels."""
-    queries, keys, warps, _ = sheet.tile
-    return sheet.loops[loop] * SCORES_A_WARP / (queries * keys / warps)
+    queries, keys = sheet.tile
+    return sheet.loops[loop] * SCORES_A_WARP / (queries * keys / sheet.warps)
 
 
-def ratios(sheets: list[Sheet]) -> list[tuple[str, str, float, int, float, float]]:
-    """(architecture, loop, ours, theirs, ratio, bar) where a hand-written count is known; forward, width 128."""
+def ratios(sheets: list[Sheet]) -> list[tuple[Sheet, str, float, int, float, float]]:
+    """(sheet, loop, ours, theirs, ratio, bar) where a hand-written count is known; forward, width 128, bf16."""
     rows = []
     for sheet in sheets:
         if sheet.name == "attention forward 128/128 bfloat16":
             for loop, theirs in REFERENCE.get(sheet.architecture, {}).items():
                 ours = per_reference_tile(sheet, loop)
                 bar = PLAIN_BAR if loop == "plain" else DIAGONAL_BAR
-                rows.append((sheet.architecture, loop, ours, theirs, ours / theirs, bar))
+                rows.append((sheet, loop, ours, theirs, ours / theirs, bar))
     return rows
-
-
-def golden(sheets: list[Sheet]) -> dict:
-    """The golden file: hot-loop lengths by Triton version and configuration."""
-    return {"loops": {f"{s.triton}/{s.key}": s.loops for s in sorted(sheets, key=lambda s: (s.triton, s.key))}}
 
 
 def worst_ratios(lines: list[str]) -> dict[str, tuple[float, float]]:
@@ -52,118 +69,159 @@ def worst_ratios(lines: list[str]) -> dict[str, tuple[float, float]]:
     return dict(sorted(worst.items()))
 
 
-def table(head: list[str], rows: list[list[object]]) -> str:
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A markdown table."""
-    lines: list[list[object]] = [[*head], ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def _loops(sheet: Sheet) -> str:
-    return ", ".join(
-        f"{name} {count}" + (f" ({sheet.spills[name]} spills)" if sheet.spills[name] else "")
-        for name, count in sheet.loops.items()
-    )
+    words = [f"{name} {count}" + (f" (**{sheet.spills[name]} spills**)" if sheet.spills[name] else "")
+             for name, count in sheet.loops.items()]  # fmt: skip
+    return ", ".join(words) or "-"
+
+
+def _other(sheet: Sheet, others: dict[str, Sheet]) -> str:
+    """The hot loops of the other Triton as a difference, loop by loop."""
+    other = others.get(sheet.key)
+    if other is None or set(other.loops) != set(sheet.loops):
+        return _loops(other) if other else "-"
+    moves = [f"{100 * (other.loops[n] / count - 1):+.0f} %" for n, count in sheet.loops.items()]
+    spills = sum(other.spills.values())
+    return (", ".join(moves) or "-") + (f" (**{spills} spills**)" if spills else "")
+
+
+def _row(sheet: Sheet, others: dict[str, Sheet]) -> list[object]:
+    shared = f"{sheet.shared_bytes / 1024:.0f}" if sheet.shared_bytes else "-"
+    return [
+        sheet.name.replace("bfloat16", "bf16").replace("float", "fp"), "x".join(map(str, sheet.tile)) or "-",
+        sheet.warps, sheet.registers, sheet.stack_bytes, shared, sheet.blocks_per_sm, f"{sheet.occupancy:.0%}",
+        f"{sheet.wide_access:.0%}", _loops(sheet), _other(sheet, others),
+        f"{sheet.roofline:.2f}" if sheet.roofline else "-",
+    ]  # fmt: skip
+
+
+def _summary(sheets: list[Sheet]) -> str:
+    """One line a card: what the laws found, and what the model says of its forward pass."""
+    rows: list[list[object]] = []
+    for arch in ARCHITECTURES:
+        mine = [s for s in sheets if s.architecture == arch]
+        if not mine:
+            continue
+        spilling = [s for s in mine if any(s.spills.values())]
+        found = [line for s in mine for line in problems(s)]
+        named = {s.name: s for s in mine}
+        models = [named.get(f"attention {part} 128/128 bfloat16") for part in ("forward", "keys", "queries")]
+        rows.append([
+            f"{arch} ({CARDS[arch]})", len(mine), len(spilling), len(found), max(s.shared_bytes for s in mine) // 1024,
+            " / ".join(f"{s.roofline:.2f}" if s else "-" for s in models),
+        ])  # fmt: skip
+    head = ["card", "configurations", "with a spill in a hot loop", "broken laws", "most shared KiB",
+            "roofline (model, unmeasured) at width 128: forward / dK dV / dQ"]  # fmt: skip
+    return table(head, rows)
+
+
+def _traffic(traffic: list[dict]) -> str:
+    rows = [
+        [t["name"], t["launches"], f"{t['bytes_issued']:,}", f"{t['bytes_minimum']:,}",
+         f"{t['bytes_issued'] / max(t['bytes_minimum'], 1):.2f}",
+         f"{t['flops_issued'] / t['flops_useful']:.2f}" if t["flops_useful"] else "-"]
+        for t in traffic
+    ]  # fmt: skip
+    return table(["kernel", "launches", "bytes issued", "bytes at least", "ratio", "FLOPs issued / useful"], rows)
+
+
+def _errors(errors: dict[str, tuple[float, float]]) -> str:
+    if not errors:
+        return (
+            f"Not measured for this page: run the kernel tests with {RATIOS}=FILE, then write the page with the same."
+        )
+    rows = [[name, f"{rms:.2f}", f"{top:.2f}"] for name, (rms, top) in errors.items()]
+    return table(["kernel and dtype", "worst RMS ratio", "worst maximum ratio"], rows)
+
+
+def _every_configuration(sheets: list[Sheet]) -> str:
+    """One folded table a card, in the first Triton's numbers."""
+    first = sheets[0].triton
+    others = {s.key: s for s in sheets if s.triton != first}
+    parts = []
+    for arch in ARCHITECTURES:
+        rows = [_row(s, others) for s in sheets if s.architecture == arch and s.triton == first]
+        if rows:
+            title = f"<summary>{arch} ({CARDS[arch]}), {len(rows)} configurations</summary>"
+            parts.append(f"<details>{title}\n\n{table(SHEET_HEAD, rows)}\n\n</details>")
+    return "\n\n".join(parts)
 
 
 def markdown(sheets: list[Sheet], traffic: list[dict], errors: dict[str, tuple[float, float]]) -> str:
     """The page."""
-    versions = sorted({s.triton for s in sheets})
-    found = [line for s in sheets for line in problems(s)]
-    hot = sum(count for s in sheets for name, count in s.spills.items() if name != "edge")
-    compiled = [
-        [s.architecture, s.triton, s.name, "x".join(map(str, s.tile[:2])) or "-", s.registers, s.stack_bytes,
-         round(s.shared_bytes / 1024), s.blocks_per_sm, f"{s.wide_access:.0%}", _loops(s) or "-",
-         f"{s.roofline:.2f}" if s.roofline else "-"]
-        for s in sorted(sheets, key=lambda s: (s.architecture, s.triton, s.name))
+    versions = list(dict.fromkeys(s.triton for s in sheets))
+    found = [f"- broken under Triton {s.triton}: {line}" for s in sheets for line in problems(s)]
+    beside: list[list[object]] = [
+        [f"{s.architecture} ({REFERENCE_NAME[s.architecture]})", s.triton, loop, f"{ours:.0f}", theirs, f"{r:.2f}",
+         f"{bar:.2f}", "yes" if r <= bar else "**no**"]
+        for s, loop, ours, theirs, r, bar in ratios(sheets)
     ]  # fmt: skip
-    return f"""# Kernels: the datasheet
+    cards = "\n\n".join(f"Triton {v}:\n\n{_summary([s for s in sheets if s.triton == v])}" for v in versions)
+    second = f" Percentages in *other Triton* are {versions[1]}'s hot loops, in the same order." if versions[1:] else ""
+    return PAGE_TEXT.format(
+        versions=" and ".join(versions), cards=cards, count=len(sheets), broken="\n".join(found) or "No law is broken.",
+        beside=table(RATIO_HEAD, beside), errors=_errors(errors), traffic=_traffic(traffic), second=second,
+        lengths=", ".join(map(str, LENGTHS)), features=FEATURES.strip().replace(" ", ", "),
+        every=_every_configuration(sheets), flops=MATRIX_FLOPS_A_CLOCK["sm_90"],
+    )  # fmt: skip
 
-Generated by `python -m shipyard.kernels.datasheet_page`; do not edit. Nothing on this page was measured on a card: it
-is what the compilers of Triton {
-        " and ".join(versions)
-    } made of the shipped configurations, what the sanitizer counted in
-the interpreter, and errors against fp64 in the interpreter, which rounds as the hardware does.
 
-- configurations compiled: {len(sheets)}; spills inside hot loops: {hot}; broken laws: {len(found)}
-- memory faults, races, reads of uninitialised memory, atomics: none (the tests fail on the first)
+PAGE_TEXT = """# Kernels: the datasheet
 
-{chr(10).join(f"- broken: {line}" for line in found)}
+Generated by `shipyard bench kernels --datasheet`; do not edit. **Nothing on this page was measured on a card.** It is
+what the compilers of Triton {versions} made of the shipped configurations, what the sanitizer counted in Triton's
+interpreter, and errors against fp64 in that interpreter, which is made to round as the hardware does.
+
+## In short
+
+{count} compilations. A law is: no LDL or STL (scratch access on AMD) in a hot loop, shared and tensor memory within the
+card's limit, global bytes moved by 128-bit accesses, and HGMMA, UTCHMMA, HMMA or MFMA where matrices are multiplied.
+
+{cards}
+
+{broken}
 
 ## Hot loop beside hand-written kernels
 
-Instructions one warp issues for 2048 scores, causal forward at head width 128. FlashAttention-2 on sm_80 and
-FlashAttention-4 on sm_90 were disassembled from their own builds; no masked count is known for sm_80.
+Instructions one warp issues for 2048 scores, causal forward at head width 128 in bf16. `plain` tiles need no mask,
+`diagonal` tiles do. FlashAttention-2 on sm_80 and FlashAttention-4 on sm_90 were disassembled from their own builds; no
+masked count is known for sm_80. Fewer instructions are not yet a faster kernel: only a card can say that.
 
-{
-        table(
-            ["card", "loop", "ours", "theirs", "ratio", "bar", "holds"],
-            [
-                [a, loop, f"{o:.0f}", t, f"{r:.2f}", f"{b:.2f}", "yes" if r <= b else "**no**"]
-                for a, loop, o, t, r, b in ratios(sheets)
-            ],
-        )
-    }
+{beside}
 
 ## Error against fp64, as a multiple of eager PyTorch's in the same dtype
 
-Worst over the tested features,
-widths and adversarial inputs; outputs and gradients. Bars: RMS 1.0 (1.02 with the luck of
-the third digit), maximum 2.0.
+Worst over the tested features, widths and adversarial inputs; outputs and gradients. Bars: RMS 1.0, maximum 2.0.
 
-{
-        table(
-            ["kernel and dtype", "worst RMS ratio", "worst maximum ratio"],
-            [[name, f"{rms:.2f}", f"{top:.2f}"] for name, (rms, top) in errors.items()],
-        )
-    }
+{errors}
 
 ## Traffic and arithmetic, counted
 
-Every access of every program, over each distinct byte once per launch (caches would bring the first near the second).
-FLOPs are those of matrix products issued over those a causal mask needs; backward attention makes the scores twice.
+Every access of every program at one small shape (a pack of {lengths} tokens, width 128), over each distinct byte once
+per launch; a card's caches bring the first near the second. FLOPs are those of matrix products issued, over those a
+causal mask needs; the backward pass makes the scores twice, once for dQ and once for dK and dV.
 
-{
-        table(
-            ["kernel", "launches", "bytes issued", "bytes at least", "ratio", "FLOPs issued / useful"],
-            [
-                [
-                    t["name"],
-                    t["launches"],
-                    t["bytes_issued"],
-                    t["bytes_minimum"],
-                    f"{t['bytes_issued'] / max(t['bytes_minimum'], 1):.2f}",
-                    f"{t['flops_issued'] / t['flops_useful']:.2f}" if t["flops_useful"] else "-",
-                ]
-                for t in traffic
-            ],
-        )
-    }
+{traffic}
 
 ## Every compiled configuration
 
-Loops: instructions a warp (wave on AMD) issues per tile. Stack is bytes a thread; outside the loops it costs little.
-Roofline is a **model, unmeasured**: matrix clocks over the longest of matrix, exp2 and issue clocks,
-perfectly overlapped,
-at {MATRIX_FLOPS_A_CLOCK["sm_90"]} FLOP a clock and SM on sm_90, and so on.
+- *tile*: query rows x key rows. *stack B*: bytes a thread keeps outside its registers; outside the hot loops they cost
+  little.
+- *hot loops*: instructions a warp (wave on AMD) issues for one tile. `window` is the edge of a sliding window, `edge`
+  the last tile of a row; fp32 dQ makes delta in a sweep of its own. fp32 runs on fused multiply-adds, outside the
+  tensor cores.
+- *128-bit bytes*: share of the global bytes that 128-bit accesses move; the rest are row terms such as the log-sum-exp.
+- *roofline*: a **model, unmeasured**: matrix clocks over the longest of matrix, exp2 and issue clocks of an unmasked
+  tile, perfectly overlapped, at {flops} FLOP a clock and SM on sm_90, and so on.
+- *{features}*: the same kernel with all three features on.{second}
 
-{
-        table(
-            [
-                "card",
-                "Triton",
-                "kernel",
-                "tile",
-                "registers",
-                "stack B",
-                "shared KiB",
-                "blocks an SM",
-                "128-bit accesses",
-                "hot loops",
-                "roofline (model)",
-            ],
-            compiled,
-        )
-    }
+{every}
 
 ## On a real card
 
@@ -173,19 +231,39 @@ and Liger, and prints the table to put here. It has not run on a card yet.
 
 
 def write_datasheet(page: Path, sheets: list[Sheet] | None = None, errors: dict | None = None) -> str:
-    """Writes the page, compiling every configuration where no sheets are given (minutes); returns a line to print."""
-    say = lambda line: print(line, file=sys.stderr)
-    sheets = build_datasheet(widths=WIDTHS, say=say) if sheets is None else sheets
+    """Writes the page, compiling every configuration where no sheets are given (long, unless Triton's cache has them),
+    for the second Triton too where it is installed; returns a line to print."""
+    if sheets is None:
+        sheets = build_datasheet(say=lambda line: print(line, file=sys.stderr))
+        second = second_triton()
+        sheets += datasheet_of(second) if second else []
+    if errors is None:
+        path = Path(os.environ.get(RATIOS, ""))
+        errors = worst_ratios(path.read_text().splitlines()) if path.is_file() else {}
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(markdown(sheets, measured(), errors or {}))
+    page.write_text(markdown(sheets, measured(), errors))
+    versions = " and ".join(dict.fromkeys(s.triton for s in sheets))
     broken = sum(len(problems(sheet)) for sheet in sheets)
-    return f"{page}: {len(sheets)} configurations, {broken} broken laws"
+    return f"{page}: {len(sheets)} configurations with Triton {versions}, {broken} broken laws"
 
 
 def main(arguments: list[str]) -> None:
-    sheets = [sheet_from(row) for row in json.loads(Path(arguments[0]).read_text())]
-    errors = worst_ratios(Path(arguments[1]).read_text().splitlines()) if len(arguments) > 1 else {}
-    print(write_datasheet(PAGE, sheets, errors))
+    if arguments[:1] != ["--golden"]:
+        raise SystemExit(
+            "datasheet_page: --golden [NAME ...], makes what compiles now the golden file, or its entries that "
+            "start with NAME; shipyard bench kernels --datasheet writes the page"
+        )
+    second = second_triton()
+    if second is None:
+        raise SystemExit("datasheet_page: --golden, needs the second Triton too; set SHIPYARD_SECOND_TRITON")
+    names = arguments[1:] or [""]
+    plain = VARIANTS[:1]  # the others answer to the laws alone
+    sheets = build_datasheet(variants=plain, names=names, say=lambda line: print(line, file=sys.stderr))
+    golden = read_golden() if arguments[1:] else {}
+    for version, loops in golden_of([*sheets, *datasheet_of(second, names=names)]).items():
+        golden.setdefault(version, {}).update(loops)
+    write_golden(golden)
+    print(f"{GOLDEN}: {sum(map(len, golden.values()))} configurations")
 
 
 if __name__ == "__main__":

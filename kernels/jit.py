@@ -47,6 +47,14 @@ def need_triton(tensor: torch.Tensor) -> None:
         raise ValueError(f"kernels: triton, needs a GPU but the weights are on {tensor.device}; use kernels: auto")
 
 
+def need_compiler() -> None:
+    """Says in one line why nothing can be compiled ahead of time here."""
+    if not HAS_TRITON:
+        raise ValueError("datasheet: triton, is not installed; pip install 'shipyard-llm[kernels]'")
+    if INTERPRETED:
+        raise ValueError("datasheet: TRITON_INTERPRET=1, leaves nothing to compile; unset it")
+
+
 def architecture(device: torch.device) -> str:
     """`sm_90`, `gfx942` ...; the interpreter answers as an H100 would, so that it runs what the H100 runs."""
     if device.type != "cuda":

@@ -1,7 +1,8 @@
 """Reads what a compiler made of a kernel: NVIDIA SASS through the wheel's own nvdisasm and cuobjdump, AMD's assembly.
 
-A hot loop is an innermost backward branch around matrix instructions. Its length is what one warp (wave) issues for
-one tile, so it can be compared with hand-written kernels, and a spill counts only where it stands inside one.
+A hot loop is an innermost backward branch around matrix instructions, or around fused multiply-adds in a kernel that
+has none of those. Its length is what one warp (wave) issues for one tile, so it can be compared with hand-written
+kernels, and a spill counts only where it stands inside one.
 """
 
 import re
@@ -15,9 +16,12 @@ import triton.backends.nvidia as nvidia
 
 NVIDIA_LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
 MATRIX = re.compile(r"HGMMA|HMMA|UTC\w*MMA|DMMA|v_mfma|v_smfmac")
+MULTIPLY_ADD = re.compile(r"FFMA|DFMA|v_(pk_)?fma|v_fmac|v_pk_mul")
 SPILL = re.compile(r"LDL|STL|scratch_(load|store)")
-GLOBAL = re.compile(r"LDG|STG|LDGSTS|global_(load|store)|buffer_(load|store)")
+GLOBAL = re.compile(r"LDG(STS)?(\.|$)|STG(\.|$)|global_(load|store)|buffer_(load|store)")
 WIDE = re.compile(r"\.128|dwordx4|_b128")
+BYTES = ((WIDE, 16), (re.compile(r"dwordx3|_b96"), 12), (re.compile(r"\.64|dwordx2|_b64"), 8),
+         (re.compile(r"\.[US]16|short|_[bdiu]16"), 2), (re.compile(r"\.[US]8|byte|_[iu]8"), 1))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Loop:
 
 @dataclass(frozen=True)
 class Code:
-    """A compiled kernel. Registers and stack bytes are per thread; `wide_access` is the share of 128-bit accesses."""
+    """A compiled kernel. Registers and stack bytes are per thread; `wide_access` is the share of the
+    bytes of its global accesses that 128-bit instructions move."""
 
     instructions: int
     registers: int
@@ -90,13 +95,18 @@ def _code(opcodes: list[str], labels: dict[str, int], branches, registers: int, 
     spans = sorted({(labels[to], at) for at, to in branches if labels.get(to, at + 1) <= at})
     # waits of a barrier stand behind the kernel's end and branch back into the loop they belong to: no loops themselves
     spans = [(a, b) for a, b in spans if "EXIT" not in opcodes[a : b + 1]]
-    hot = [(a, b) for a, b in spans if any(MATRIX.match(op) for op in opcodes[a : b + 1])]
+    work = MATRIX if any(MATRIX.match(op) for op in opcodes) else MULTIPLY_ADD
+    hot = [(a, b) for a, b in spans if any(work.match(op) for op in opcodes[a : b + 1])]
     innermost = [(a, b) for a, b in hot if not any(c >= a and d <= b and (c, d) != (a, b) for c, d in hot)]
     loops = tuple(_loop(opcodes[a : b + 1]) for a, b in innermost)
     accesses = [op for op in opcodes if GLOBAL.match(op)]
-    wide = sum(bool(WIDE.search(op)) for op in accesses) / max(len(accesses), 1)
+    wide = 16 * sum(bool(WIDE.search(op)) for op in accesses) / max(sum(map(_access_bytes, accesses)), 1)
     matrix = tuple(sorted({op.split(".")[0] for op in opcodes if MATRIX.match(op)}))
     return Code(len(opcodes), registers, stack_bytes, loops, wide, matrix)
+
+
+def _access_bytes(opcode: str) -> int:
+    return next((count for pattern, count in BYTES if pattern.search(opcode)), 4)
 
 
 def _loop(body: list[str]) -> Loop:

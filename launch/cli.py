@@ -183,6 +183,9 @@ def bench(
 
         typer.echo(write_page(out or Path("docs/planner.md")))
     elif name == "kernels" and datasheet:
+        from ..kernels.jit import need_compiler
+
+        need_compiler()
         from ..kernels.datasheet_page import write_datasheet
 
         typer.echo(write_datasheet(out or Path("docs/kernels.md")))
