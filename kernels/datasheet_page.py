@@ -24,7 +24,7 @@ from .datasheet import (
     second_triton,
     write_golden,  # fmt: skip
 )
-from .shipped import ARCHITECTURES, FEATURES, VARIANTS
+from .shipped import ARCHITECTURES, FEATURES, VARIANTS, configurations
 from .traffic import LENGTHS, measured
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -113,10 +113,11 @@ def _summary(sheets: list[Sheet]) -> str:
         named = {s.name: s for s in mine}
         models = [named.get(f"attention {part} 128/128 bfloat16") for part in ("forward", "keys", "queries")]
         rows.append([
-            f"{arch} ({CARDS[arch]})", len(mine), len(spilling), len(found), max(s.shared_bytes for s in mine) // 1024,
+            f"{arch} ({CARDS[arch]})", f"{len(mine)} of {len(list(configurations(arch)))}", len(spilling), len(found),
+            max(s.shared_bytes for s in mine) // 1024,
             " / ".join(f"{s.roofline:.2f}" if s else "-" for s in models),
         ])  # fmt: skip
-    head = ["card", "configurations", "with a spill in a hot loop", "broken laws", "most shared KiB",
+    head = ["card", "compiled, of all shipped", "with a spill in a hot loop", "broken laws", "most shared KiB",
             "roofline (model, unmeasured) at width 128: forward / dK dV / dQ"]  # fmt: skip
     return table(head, rows)
 
@@ -163,7 +164,7 @@ def markdown(sheets: list[Sheet], traffic: list[dict], errors: dict[str, tuple[f
         for s, loop, ours, theirs, r, bar in ratios(sheets)
     ]  # fmt: skip
     cards = "\n\n".join(f"Triton {v}:\n\n{_summary([s for s in sheets if s.triton == v])}" for v in versions)
-    second = f" Percentages in *other Triton* are {versions[1]}'s hot loops, in the same order." if versions[1:] else ""
+    second = f"\n- *other Triton*: {versions[1]}'s hot loops over these, in the same order." if versions[1:] else ""
     return PAGE_TEXT.format(
         versions=" and ".join(versions), cards=cards, count=len(sheets), broken="\n".join(found) or "No law is broken.",
         beside=table(RATIO_HEAD, beside), errors=_errors(errors), traffic=_traffic(traffic), second=second,
@@ -180,8 +181,9 @@ interpreter, and errors against fp64 in that interpreter, which is made to round
 
 ## In short
 
-{count} compilations. A law is: no LDL or STL (scratch access on AMD) in a hot loop, shared and tensor memory within the
-card's limit, global bytes moved by 128-bit accesses, and HGMMA, UTCHMMA, HMMA or MFMA where matrices are multiplied.
+{count} compilations; what is not among them is not known to hold. A law is: no LDL or STL (scratch access on AMD) in a
+hot loop, shared and tensor memory within the card's limit, global bytes moved by 128-bit accesses, and HGMMA, UTCHMMA,
+HMMA or MFMA where matrices are multiplied.
 
 {cards}
 
