@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -63,31 +61,6 @@ def assert_same_bits(run: Path, reference: Path) -> None:
         [json.loads(line)["loss"] for line in (folder / "log.jsonl").open()] for folder in (run, reference)
     )
     assert losses == wanted
-
-
-def kill_and_finish(recipe: Path, run: Path, kills: int, rng: random.Random, shipyard) -> None:
-    for _ in range(kills):
-        done = (run / "log.jsonl").read_bytes().count(b"\n") if (run / "log.jsonl").is_file() else 0
-        process = start(recipe, run)
-        wait_for(process, run, min(STEPS, done + rng.randint(1, 3)))
-        time.sleep(rng.random() * 0.03)  # lands inside a step or inside a save
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    shipyard("train", recipe, f"run_dir={run}")
-
-
-def test_killed_runs_end_in_the_same_bits(straight, shipyard, tmp_path: Path) -> None:
-    recipe, reference = straight
-    kill_and_finish(recipe, tmp_path / "run", 3, random.Random(1), shipyard)
-    assert_same_bits(tmp_path / "run", reference)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-def test_many_kills(seed: int, straight, shipyard, tmp_path: Path) -> None:
-    recipe, reference = straight
-    kill_and_finish(recipe, tmp_path / "run", 20, random.Random(seed), shipyard)
-    assert_same_bits(tmp_path / "run", reference)
 
 
 def test_a_flipped_bit_is_named_and_the_step_before_is_used(straight, shipyard, tmp_path: Path) -> None:

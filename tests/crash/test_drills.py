@@ -1,0 +1,45 @@
+"""The crash drills, in their short version: twenty random kills, a full disk, damage. `-m slow` has two hundred."""
+
+import pytest
+from shipyard.evals.crash import Ground, damage, full_disk, kill_anywhere, prepare, sigterm
+from shipyard.evals.crash_page import page
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Ground:
+    """A recipe, and the run of it that nothing disturbed."""
+    return prepare(tmp_path_factory.mktemp("drills") / "ground")
+
+
+def test_twenty_kills_anywhere(ground: Ground) -> None:
+    drill = kill_anywhere(ground, 20, seed=1)
+    assert drill.times == 20
+    assert drill.passed, drill
+    assert "inside a save" in drill.seen
+
+
+def test_a_full_disk_stops_two_ranks_in_one_line_and_loses_nothing(ground: Ground) -> None:
+    drill = full_disk(ground, ranks=2)
+    if drill is None:
+        pytest.skip("mounting a small tmpfs needs root")
+    assert drill.passed, drill
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_damage_is_named_and_passed_over(torn: bool, ground: Ground) -> None:
+    drill = damage(ground, 2, seed=1, torn=torn)
+    assert drill.passed, drill
+    assert f"| 2 | 2 | {drill.promise} |" in page([drill], "standard")
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_anywhere(ground: Ground) -> None:
+    drill = kill_anywhere(ground, 200, seed=2)
+    assert drill.times == 200
+    assert drill.passed, drill
+
+
+@pytest.mark.slow
+def test_terminated_runs(ground: Ground) -> None:
+    drill = sigterm(ground, 10, seed=1)
+    assert drill.passed, drill
