@@ -60,7 +60,7 @@ class Ground:
 
     def go(self, run: Path, ranks: int = 1, *overrides: str) -> Job:
         """Start the recipe in `run`; it goes on from what is there."""
-        return start(self.recipe, [f"run_dir={run}", *overrides], ranks, run.with_name(f"{run.name}.out"))
+        return start(self.recipe, [f"run_dir={run}", *overrides], ranks, self.folder / f"{run.name}.out")
 
     def finish(self, run: Path, ranks: int = 1) -> str:
         """Let the run end undisturbed; return what it printed."""
@@ -303,7 +303,7 @@ def full_disk(ground: Ground, ranks: int) -> Drill | None:
     size = ["-t", "tmpfs", "-o", f"size={int(3.6 * kept)}"]
     if subprocess.run(["mount", *size, "shipyard", str(place)], capture_output=True).returncode:
         return None
-    run = place / "run"
+    run = place / f"full-{ranks}"
     try:
         job = ground.go(run, ranks)
         codes = job.wait(LIMIT_S)

@@ -16,8 +16,8 @@ OTHERS = {"short": 1, "standard": 5, "full": 20}
 SEED = 17
 HEAD = f"""# What was done to runs, and how they ended
 
-Written by `shipyard verify crash{{option}}`. Each line is real: processes that train a small Llama for {STEPS} steps with
-a checkpoint after each, on one rank or two by chance, `deterministic: elastic`; a signal from the kernel, a file system
+Written by `shipyard verify crash{{option}}`. Each line is real: processes that train a small Llama for {STEPS} steps, a
+checkpoint after each, on one rank or two by chance, `deterministic: elastic`; a signal from the kernel, a file system
 that is full, bytes changed on disk. A trial held when the run did what is promised and then ended with the weights,
 both Adam moments and the logged losses of the run that nothing disturbed, bit for bit.
 

@@ -201,13 +201,25 @@ def bench(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A run, checkpoint, model, export or asset; or: kernels.")],
+    path: Annotated[Path, typer.Argument(help="A run, checkpoint, model, export or asset; or one of: kernels, crash.")],
+    short: Annotated[bool, typer.Option("--short", help="crash: minutes, 20 kills.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="crash: 200 kills.")] = False,
+    out: Annotated[Path | None, typer.Option(help="crash: page to write, docs/crash.md say.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Re-check hashes, lineage and certificates, or prove the kernels."""
-    from .verify import verify_kernels, verify_tree
+    """Re-check hashes, lineage and certificates; or prove anew."""
+    if str(path) == "kernels":
+        from .verify import verify_kernels
 
-    passed = verify_kernels(as_json) if str(path) == "kernels" else verify_tree(path, as_json)
+        passed = verify_kernels(as_json)
+    elif str(path) == "crash":
+        from ..evals.crash_page import verify_crash
+
+        passed = verify_crash("full" if full else "short" if short else "standard", out, as_json)
+    else:
+        from .verify import verify_tree
+
+        passed = verify_tree(path, as_json)
     if not passed:
         raise typer.Exit(1)
 
