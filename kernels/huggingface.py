@@ -221,13 +221,12 @@ def attention_per_document(
     ends = ends * rows if len(ends) == 1 else ends  # position ids may be given once for all rows
     out_rows = []
     for row, row_ends in enumerate(ends):
-        pieces, start = [], 0
-        for end in row_ends:
-            part = (slice(row, row + 1), slice(None), slice(start, end))
-            pieces.append(sdpa_document(query[part], key[part], value[part], scaling, dropout, sliding_window, causal))
-            start = end
-        out_rows.append(torch.cat(pieces, dim=2))
-    return torch.cat(out_rows).transpose(1, 2).contiguous(), None
+        lengths = [end - start for start, end in itertools.pairwise([0, *row_ends])]
+        # split, not slices: the gradient of a slice is as large as the whole row, once for each document
+        parts = zip(*(x[row : row + 1].split(lengths, 2) for x in (query, key, value)), strict=True)
+        pieces = [sdpa_document(q, k, v, scaling, dropout, sliding_window, causal) for q, k, v in parts]
+        out_rows.append(torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).contiguous())
+    return torch.cat(out_rows) if len(out_rows) > 1 else out_rows[0], None
 
 
 def documents_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **kwargs):

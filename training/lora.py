@@ -2,14 +2,17 @@
 
 After QLoRA the usual advice, merging into the original bf16 weights, gives a model that nobody trained: the adapter
 learned to correct the *dequantized* NF4 weights. So the merge dequantizes them first (docs/LOG.md has the distances).
+
+Shape legend: T tokens, I inputs, O outputs, R rank.
 """
 
 import copy
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -32,7 +35,55 @@ def add_adapters(model: PreTrainedModel, lora: recipes.Lora, seed: int) -> PeftM
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    adapted = get_peft_model(model, config)
+    for layer in adapted.modules():
+        if type(layer) is Linear:
+            layer.forward = partial(one_pass, layer)
+    return adapted  # pyright: ignore[reportReturnType]
+
+
+def one_pass(layer: Linear, x: Tensor, *args, **named) -> Tensor:
+    """PEFT's forward of a linear layer with one adapter, without a pass over the output for each of its operations.
+
+    Layers that are quantized, scattered over ranks, of mixed dtypes or compiled keep PEFT's code.
+    """
+    base, adapters = layer.get_base_layer(), layer.active_adapters
+    usual = type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad and len(adapters) == 1
+    if not usual or args or named or layer.merged or layer.disable_adapters or torch.compiler.is_compiling():
+        return Linear.forward(layer, x, *args, **named)
+    weight, name = cast(Tensor, base.weight), adapters[0]
+    down, up = (cast(Tensor, part[name].weight) for part in (layer.lora_A, layer.lora_B))
+    whole = all(type(each) is nn.Parameter and not hasattr(each, "ds_id") for each in (weight, down, up))
+    one_dtype = x.dtype == weight.dtype == down.dtype and not torch.is_autocast_enabled(x.device.type)
+    if not whole or not one_dtype:
+        return Linear.forward(layer, x)
+    y: Any = _LowRank.apply(x, weight, down, up, layer.scaling[name])
+    return y
+
+
+class _LowRank(torch.autograd.Function):
+    """y = x W^T + s x A^T B^T with W frozen (Hu et al. 2021, equation 3): x (..., I), W (O, I), A (R, I), B (O, R)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_OI: Tensor, down_RI: Tensor, up_OR: Tensor, scaling: float) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        low_TR = x_TI @ down_RI.T
+        y_TO = (x_TI @ weight_OI.T).addmm_(low_TR, up_OR.T, alpha=scaling)
+        ctx.save_for_backward(x_TI, low_TR, weight_OI, down_RI, up_OR)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        x_TI, low_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
+        dy_TO = dy.reshape(-1, dy.shape[-1])
+        dlow_TR = (dy_TO @ up_OR).mul_(ctx.scaling)
+        dup_OR = (dy_TO.T @ low_TR).mul_(ctx.scaling)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy_TO @ weight_OI).addmm_(dlow_TR, down_RI).view(ctx.shape)
+        return dx, None, dlow_TR.T @ x_TI, dup_OR, None
 
 
 def base_weight(layer: nn.Module) -> Tensor:

@@ -7,18 +7,18 @@ weigh as much as one with many).
 Shape legend: B rows, T tokens, K kept columns, N targets, V vocabulary, R documents, P preference pairs.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .batches import MicroBatch
 from .experts import counting
 
-CHUNK_LOGITS = 1 << 26
-"""Logits turned to fp32 at a time (256 MiB): a 128k vocabulary never has all its fp32 logits in memory at once."""
+CHUNK_LOGITS = 1 << 22
+"""Logits turned to fp32 at a time: 16 MiB, which a CPU's caches hold and a GPU's launches are worth."""
 
 
 def target_log_probs(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
@@ -39,7 +39,7 @@ def target_terms(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) 
     logits_NV = logits_BKV.reshape(-1, logits_BKV.shape[-1])
     if len(batch.select_N) != len(logits_NV):
         logits_NV = logits_NV[batch.select_N]
-    return gather_terms(logits_NV, batch.targets_N, temperature)
+    return gather_terms(logits_NV, batch.targets_N, temperature, spent=True)
 
 
 def gather_log_probs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
@@ -47,22 +47,57 @@ def gather_log_probs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 
     return gather_terms(logits_NV, targets_N, temperature)[0]
 
 
-def gather_terms(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature) at the targets and the log of its denominator Z, in fp32, (N,) both, a chunk of
-    rows at a time."""
+def gather_terms(
+    logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0, spent: bool = False
+) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at the targets and the log of its denominator Z, in fp32, (N,) both.
+
+    `spent` says that nobody else reads the logits: the backward pass then writes their gradient over them.
+    """
+    return _Terms.apply(logits_NV, targets_N, temperature, spent)  # pyright: ignore[reportReturnType]
+
+
+class _Terms(torch.autograd.Function):
+    """Autograd's own graph holds the logits, their fp32 copy, the log-softmax and two gradients, each (N, V), and
+    reading and writing these costs a CPU several times the arithmetic. Here it is the logits and one gradient."""
+
+    @staticmethod
+    def forward(ctx, logits_NV: Tensor, targets_N: Tensor, temperature: float, spent: bool) -> tuple[Tensor, Tensor]:
+        logp, log_z = [logits_NV.new_zeros(0, dtype=torch.float32)], [logits_NV.new_zeros(0, dtype=torch.float32)]
+        for logits_CV, targets_C in _chunks(logits_NV, targets_N):
+            scaled_CV = _scaled(logits_CV, temperature)
+            at_C1 = targets_C[:, None]
+            logp.append(torch.log_softmax(scaled_CV, -1).gather(-1, at_C1)[:, 0])
+            log_z.append(scaled_CV.gather(-1, at_C1)[:, 0] - logp[-1])
+        log_z_N = torch.cat(log_z)
+        ctx.save_for_backward(logits_NV, targets_N, log_z_N)
+        ctx.temperature, ctx.spent = temperature, spent
+        return torch.cat(logp), log_z_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogp_N: Tensor, dlog_z_N: Tensor):
+        logits_NV, targets_N, log_z_N = ctx.saved_tensors
+        grad_NV = logits_NV if ctx.spent else torch.empty_like(logits_NV)
+        # d logp / d logit = (one_hot - p) / temperature, d log Z / d logit = p / temperature
+        hit_N, soft_N = dlogp_N / ctx.temperature, (dlog_z_N - dlogp_N) / ctx.temperature
+        start = 0
+        for logits_CV, targets_C in _chunks(logits_NV, targets_N):
+            part = slice(start, start := start + len(targets_C))
+            out_CV = _scaled(logits_CV, ctx.temperature) - log_z_N[part, None]
+            out_CV.exp_().mul_(soft_N[part, None])
+            out_CV.scatter_add_(1, targets_C[:, None], hit_N[part, None])
+            grad_NV[part] = out_CV
+        return grad_NV, None, None, None
+
+
+def _chunks(logits_NV: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(1, CHUNK_LOGITS // logits_NV.shape[-1])
-    if len(logits_NV) <= rows:
-        return _terms(logits_NV, targets_N, temperature)
-    parts = zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
-    recomputed = [checkpoint(_terms, part, targets, temperature, use_reentrant=False) for part, targets in parts]
-    logp, log_z = zip(*recomputed, strict=True)  # pyright: ignore[reportArgumentType]
-    return torch.cat(logp), torch.cat(log_z)
+    return zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
 
 
-def _terms(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    scaled_NV = logits_NV.float() / temperature
-    logp_N = -F.cross_entropy(scaled_NV, targets_N, reduction="none")
-    return logp_N, scaled_NV.gather(-1, targets_N[:, None])[:, 0] - logp_N
+def _scaled(logits_CV: Tensor, temperature: float) -> Tensor:
+    return logits_CV.float() if temperature == 1.0 else logits_CV.float() / temperature
 
 
 def per_document(values_N: Tensor, batch: MicroBatch) -> Tensor:
