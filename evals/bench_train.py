@@ -31,6 +31,7 @@ TIMEOUT_S = 7200
 SMOLLM2 = {"name": "asset:smollm2-135m-instruct", "dtype": "float32"}
 LITGPT_NAMES = {"asset:smollm2-135m-instruct": "SmolLM2-135M-Instruct"}
 """LitGPT builds a model from a name that it knows."""
+NO_LITGPT = "LitGPT is not here: it needs an environment of its own (`--litgpt DIR`) and a model that it knows by name."
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def workloads() -> list[Workload]:
     }  # fmt: skip
     about = "SmolLM2-135M-Instruct, LoRA rank 16 on every linear layer"
     return [
-        Workload("alpaca", f"{about}, Alpaca instructions", {**shared, "data": alpaca, "batch": batch(16, 4)}, 48),
+        Workload("alpaca", f"{about}, Alpaca instructions", {**shared, "data": alpaca, "batch": batch(8, 4)}, 32),
         Workload(
             "reviews", f"{about}, movie reviews with a one-word answer",
-            {**shared, "data": reviews, "batch": batch(64, 16)}, 192,
+            {**shared, "data": reviews, "batch": batch(32, 16)}, 96,
         ),
     ]  # fmt: skip
 
@@ -117,6 +118,14 @@ def batch(size: int, micro: int) -> dict[str, Any]:
     return {"size": size, "micro": micro, "packing": True}
 
 
+def bench_workloads(out: Path, name: str, rounds: int, litgpt: Path | None, threads: int | None) -> str:
+    """All workloads, or the one of that name, with every contestant."""
+    with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
+        todo = [fast(Path(folder))] if name in ("all", "fast") else []
+        todo += [workload for workload in workloads() if name in ("all", workload.name)]
+        return bench_train(out, todo, tuple(CONTESTANTS), rounds, litgpt, threads)
+
+
 def bench_train(
     out: Path,
     todo: Sequence[Workload],
@@ -125,7 +134,7 @@ def bench_train(
     litgpt: Path | None = None,
     threads: int | None = None,
 ) -> str:
-    """Run everything, write the page to `out` and return it.
+    """Run everything, put each workload's section into the page `out`, and return the sections.
 
     `litgpt` is the directory of a virtual environment that holds LitGPT; without one, it is left out and the page says
     so. Raises ValueError for a contestant that fails.
@@ -136,13 +145,13 @@ def bench_train(
             f"--litgpt: {litgpt} is no virtual environment; make one: python -m venv {litgpt} && "
             f"{litgpt}/bin/pip install litgpt==0.5.13"
         )
-    tables = []
+    setting = f"{machine()}, {threads} thread{'s' if threads > 1 else ''}; {versions(litgpt)}"
+    sections = []
     for workload in todo:
         with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
-            tables.append(_measure(workload, contestants, rounds, litgpt, threads, Path(folder)))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(tables, threads, litgpt), encoding="utf-8")
-    return page(tables, threads, litgpt)
+            table = _measure(workload, contestants, rounds, litgpt, threads, Path(folder))
+        sections.append(write_page(out, table, setting))
+    return "\n".join(sections)
 
 
 def _measure(
@@ -244,34 +253,39 @@ def summarize(name: str, steps: list[dict[str, float]]) -> Run:
     )
 
 
-def page(tables: Sequence[Table], threads: int, litgpt: Path | None) -> str:
-    """The report in Markdown."""
-    lines = [
-        "# Training speed beside other trainers",
-        "",
-        "Written by `shipyard bench train`; do not edit. Each contestant trains one pass over the same rows in a "
-        "process of its own; medians of the rounds; the order turns around from round to round. Tokens are real ones: "
-        "padding is not counted, nor is the first step of a run. Memory is the high-water mark of the process.",
-        "",
-        f"Machine: {machine()}, {threads} threads. {versions(litgpt)}.",
-        "",
-    ]
-    for table in tables:
-        lines += _section(table)
-    return "\n".join(lines)
+INTRODUCTION = """# Training speed beside other trainers
+
+Written by `shipyard bench train`; do not edit. Each contestant trains one pass over the same rows in a process of its
+own; the table has medians of the rounds, and the order turns around from round to round. Tokens are real ones: padding
+is not counted, nor is the first step of a run. Memory is the process's high-water mark at the end of its last step.
+Tokens per CPU second hardly depend on what else the machine does; tokens per second do.
+"""
 
 
-def _section(table: Table) -> list[str]:
+def write_page(out: Path, table: Table, setting: str) -> str:
+    """Put the workload's section into the page, in the place of an older one; return the section."""
+    section = _section(table, setting)
+    pages = out.read_text(encoding="utf-8").split("\n## ")[1:] if out.is_file() else []
+    sections = {page.partition("\n")[0]: f"## {page.strip()}\n" for page in pages}
+    sections[table.workload.name] = section
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join([INTRODUCTION, *(sections[name] for name in sorted(sections))]), encoding="utf-8")
+    return section
+
+
+def _section(table: Table, setting: str) -> str:
     workload, present = table.workload, [name for name in CONTESTANTS if table.of(name)]
     peers = [name for name in present if name != "shipyard"]
-    shape = workload.tree["batch"]
+    shape, rounds = workload.tree["batch"], len(table.of(present[0]))
     lines = [
         f"## {workload.name}",
         "",
         f"{workload.about}; {workload.tree['model']['dtype']}; {workload.rows} rows, {table.tokens} tokens, "
         f"{table.supervised / table.tokens:.0%} of them supervised; {shape['size']} rows in a step, {shape['micro']} "
-        f"in a forward pass (TRL packing: rows of {workload.pack_tokens} tokens); {len(table.of(present[0]))} rounds; "
-        f"load of the machine before each run {min(table.loads):.1f} to {max(table.loads):.1f}.",
+        f"in a forward pass (TRL packing: rows of {workload.pack_tokens} tokens).",
+        "",
+        f"{setting}. {rounds} round{'s' if rounds > 1 else ''}; load of the machine before each run "
+        f"{min(table.loads):.1f} to {max(table.loads):.1f}.",
         "",
         "| trainer | tokens/s | tokens per CPU second | peak GiB | tokens computed per real token | ours is faster |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -282,14 +296,13 @@ def _section(table: Table) -> list[str]:
         times = "" if name == "shipyard" or ours is None else f"{ours / rate:.2f}x"
         lines.append(
             f"| {CONTESTANTS[name]} | {rate:.0f} | {table.median(name, 'tokens_per_cpu_s'):.0f} | "
-            f"{table.median(name, 'memory_gib'):.2f} | "
-            f"{table.median(name, 'computed') / table.tokens:.2f} | {times} |"
+            f"{table.median(name, 'memory_gib'):.2f} | {table.median(name, 'computed') / table.tokens:.2f} | {times} |"
         )
     if ours is not None and peers:
         lines += ["", verdict(table, peers)]
     if "litgpt" not in present:
-        lines += ["", "LitGPT was not measured: it needs an environment of its own, given with `--litgpt DIR`."]
-    return [*lines, ""]
+        lines += ["", NO_LITGPT]
+    return "\n".join([*lines, ""])
 
 
 def verdict(table: Table, peers: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from .meter import Meter, leave
 CONTESTANTS = {
     "shipyard": "shipyard train, packed",
     "hf": "HF Trainer, padded",
+    "hf-one": "HF Trainer, one row at a time",
     "hf-flat": "HF Trainer, DataCollatorWithFlattening",
     "trl-pack": "TRL SFTTrainer, packing",
     "trl-pad": "TRL SFTTrainer, padded",
@@ -69,8 +70,11 @@ def _rows(work: dict[str, Any]) -> Any:
     return Dataset.from_list(json.loads(Path(work["rows"]).read_text(encoding="utf-8")))
 
 
-def run_hf(work: dict[str, Any], flat: bool) -> None:
-    """transformers.Trainer with the collator its users take: padding, or flattening into one row without padding."""
+def run_hf(work: dict[str, Any], flat: bool, micro: int) -> None:
+    """transformers.Trainer with the collator its users take: padding, or flattening into one row without padding.
+
+    One row at a time needs neither, and a processor, unlike a GPU, hardly minds how short a forward pass is.
+    """
     from transformers import (
         AutoTokenizer,
         DataCollatorForSeq2Seq,
@@ -82,7 +86,7 @@ def run_hf(work: dict[str, Any], flat: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(work["model"])
     tokenizer.pad_token_id = work["padding_id"]
     collator = DataCollatorWithFlattening() if flat else DataCollatorForSeq2Seq(tokenizer)
-    arguments = TrainingArguments(**_arguments(work, work["micro"], work["size"]))
+    arguments = TrainingArguments(**_arguments(work, micro, work["size"]))
     Trainer(_model(work), arguments, data_collator=collator, train_dataset=_rows(work)).train()
 
 
@@ -110,9 +114,10 @@ def main() -> None:
         run_shipyard(work, Path(steps_file))
         return
     Meter(Path(steps_file), work["padding_id"], lambda tokens: sum(tokens) >= work["tokens"], leave)
-    if name.startswith("hf"):
-        run_hf(work, flat=name == "hf-flat")
+    if name in ("hf", "hf-one", "hf-flat"):
+        run_hf(work, flat=name == "hf-flat", micro=1 if name == "hf-one" else work["micro"])
     else:
+        assert name in ("trl-pack", "trl-pad")
         run_trl(work, packing=name == "trl-pack")
 
 

@@ -171,11 +171,15 @@ def evaluate(
 
 @app.command()
 def bench(
-    name: Annotated[Literal["kernels", "data", "planner"], typer.Argument(help="What to time, or to check.")],
+    name: Annotated[Literal["kernels", "data", "planner", "train"], typer.Argument(help="What to time, or check.")],
     datasheet: Annotated[
         bool, typer.Option("--datasheet", help="kernels: what each card's compiler made of them; needs no GPU.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write; --datasheet takes docs/kernels.md.")] = None,
+    workload: Annotated[Literal["all", "fast", "alpaca", "reviews"], typer.Option(help="train: which rows.")] = "all",
+    rounds: Annotated[int, typer.Option(min=1, help="train: how often each trainer runs.")] = 3,
+    litgpt: Annotated[Path | None, typer.Option(help="train: a virtual environment that holds LitGPT.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="train: threads of a trainer. [default: cores]")] = None,
 ) -> None:
     """Time the parts on this machine, beside their peers."""
     if name == "planner":
@@ -193,6 +197,10 @@ def bench(
         from ..evals.bench_kernels import bench_kernels
 
         typer.echo(bench_kernels(out))
+    elif name == "train":
+        from ..evals.bench_train import bench_workloads
+
+        typer.echo(bench_workloads(out or Path("docs/bench-train.md"), workload, rounds, litgpt, threads))
     else:
         from ..evals.bench_data import bench_data
 
