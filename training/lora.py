@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from . import recipe as recipes
@@ -45,11 +46,13 @@ def add_adapters(model: PreTrainedModel, lora: recipes.Lora, seed: int) -> PeftM
 def one_pass(layer: Linear, x: Tensor, *args, **named) -> Tensor:
     """PEFT's forward of a linear layer with one adapter, without a pass over the output for each of its operations.
 
-    Layers that are quantized, scattered over ranks, of mixed dtypes or compiled keep PEFT's code.
+    Layers that are quantized, scattered over ranks or of mixed dtypes keep PEFT's code, and so do all where torch looks
+    at single operations: in a compiled block, and under selective checkpointing, which forbids sums in place.
     """
     base, adapters = layer.get_base_layer(), layer.active_adapters
-    usual = type(base) is nn.Linear and base.bias is None and not base.weight.requires_grad and len(adapters) == 1
-    if not usual or args or named or layer.merged or layer.disable_adapters or torch.compiler.is_compiling():
+    usual = type(base) is nn.Linear and "forward" not in vars(base) and base.bias is None and len(adapters) == 1
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if not usual or watched or args or named or layer.merged or layer.disable_adapters or base.weight.requires_grad:
         return Linear.forward(layer, x, *args, **named)
     weight, name = cast(Tensor, base.weight), adapters[0]
     down, up = (cast(Tensor, part[name].weight) for part in (layer.lora_A, layer.lora_B))

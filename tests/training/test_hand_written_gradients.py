@@ -2,11 +2,13 @@
 
 import copy
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from shipyard.training import lora, loss
+from shipyard.training.activations import recompute
 from shipyard.training.recipe import Lora
 from transformers import AutoModelForCausalLM
 
@@ -70,6 +72,22 @@ def test_adapters_in_one_pass_are_peft_adapters(tiny_model: Path, monkeypatch) -
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in wanted_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_checkpointed_blocks_keep_the_gradient(how: Literal["full", "selective"], tiny_model: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    model = lora.add_adapters(base, Lora(rank=4), seed=0).double().train()
+    for layer in model.modules():
+        if type(layer) is lora.Linear:
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    logits, gradients = _gradients(model)
+    recompute(model, how, compiled=False)
+    model.enable_input_require_grads()
+    again, same = _gradients(model)
+    torch.testing.assert_close(again, logits)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, msg=name)
 
 
 def test_a_copied_model_runs_on_its_own_adapters(tiny_model: Path) -> None:
