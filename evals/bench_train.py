@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,17 +146,19 @@ def bench_train(
             f"{litgpt}/bin/pip install litgpt==0.5.13"
         )
     setting = f"{machine()}, {threads} thread{'s' if threads > 1 else ''}; {versions(litgpt)}"
-    sections = []
+    sections, section = [], ""
     for workload in todo:
         with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
-            table = _measure(workload, contestants, rounds, litgpt, threads, Path(folder))
-        sections.append(write_page(out, table, setting))
+            for table in _measured(workload, contestants, rounds, litgpt, threads, Path(folder)):
+                section = write_page(out, table, setting)  # after every round: what was measured is kept
+        sections.append(section)
     return "\n".join(sections)
 
 
-def _measure(
+def _measured(
     workload: Workload, contestants: Sequence[str], rounds: int, litgpt: Path | None, threads: int, folder: Path
-) -> Table:
+) -> Iterator[Table]:
+    """Yield the table after every round."""
     work, table = _prepare(workload, threads, folder)
     present = [name for name in contestants if name != "litgpt" or (litgpt is not None and work["litgpt_name"])]
     for turn in range(rounds):
@@ -171,7 +173,7 @@ def _measure(
                 f"{run.memory_gib:.2f} GiB",
                 flush=True,
             )
-    return table
+        yield table
 
 
 def _prepare(workload: Workload, threads: int, folder: Path) -> tuple[dict[str, Any], Table]:
