@@ -51,7 +51,7 @@ def attention_tile(arch: str, part: str, width: int, value_width: int, dtype: to
     if dtype == torch.float64:
         return Tile(16, 16, 4, 1)
     if dtype == torch.float32:  # fp32 dots run outside the tensor cores; tiles are bounded by registers
-        return Tile(64, 32, 8, 1) if wide <= 128 else Tile(32, 32, 8, 1)
+        return Tile(64 if wide < 128 or (wide == 128 and arch != "sm_80") else 32, 32, 8, 1)
     tiles = {"forward": _forward_tile, "keys": _keys_tile, "queries": _queries_tile}
     return tiles[part](arch, wide)
 
