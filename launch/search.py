@@ -39,7 +39,7 @@ def alternatives(recipe: Recipe, asked: Plan, rollout_bytes: int) -> list[Plan |
             if plans:
                 found.append(min(plans, key=_rank))
     found.sort(key=_rank)
-    once = {refusal.reason: refusal for refusal in refused}
+    once = {(one.what, one.reason): one for one in refused}
     return [*found, *once.values()]
 
 

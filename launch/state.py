@@ -206,8 +206,9 @@ def _zero3(counted: list[Parameter], work: Workload) -> State:
     trained = [parameter for parameter in counted if parameter.trained]
     part = sum(-(-p.numbers // ranks) for p in trained)
     optimizer = sum(-(-p.numbers // ranks) * (4 + _moment_bytes(p, work)) for p in trained)
-    live = width * min(LIVE_PARAMETERS, sum(p.numbers for p in counted))
-    buffers = width * REDUCE_BUCKET + live
+    largest = max(p.numbers for p in counted)  # gathered whole however large, and its gradient is whole at first
+    live = max(min(LIVE_PARAMETERS, sum(p.numbers for p in counted)), largest) + largest
+    buffers = width * (REDUCE_BUCKET + live)
     if work.offload:
         return State(persistent, 0, 0, buffers, host=weights + width * part + optimizer)
     return State(weights + persistent, width * part, optimizer, buffers, step_scratch=4 * part)
