@@ -209,13 +209,14 @@ def bench(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A run, checkpoint, model, export or asset; or one of: kernels, crash.")],
-    short: Annotated[bool, typer.Option("--short", help="crash: minutes, 20 kills.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="crash: 200 kills.")] = False,
-    out: Annotated[Path | None, typer.Option(help="crash: page to write, docs/crash.md say.")] = None,
+    path: Annotated[Path, typer.Argument(help="A run, checkpoint, model or export; or: kernels, crash, invariance.")],
+    short: Annotated[bool, typer.Option("--short", help="crash: 20 kills; invariance: 2 ranks. Minutes.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="crash: 200 kills; invariance: every cell.")] = False,
+    out: Annotated[Path | None, typer.Option(help="crash: page to write; invariance: directory.")] = None,
     as_json: Json = False,
 ) -> None:
     """Re-check hashes, lineage and certificates; or prove anew."""
+    cover = "full" if full else "short" if short else "standard"
     if str(path) == "kernels":
         from .verify import verify_kernels
 
@@ -223,7 +224,11 @@ def verify(
     elif str(path) == "crash":
         from ..evals.crash_page import verify_crash
 
-        passed = verify_crash("full" if full else "short" if short else "standard", out, as_json)
+        passed = verify_crash(cover, out, as_json)
+    elif str(path) == "invariance":
+        from ..evals.invariance import verify_invariance
+
+        passed = verify_invariance(cover, out or Path("runs/invariance"), as_json)
     else:
         from .verify import verify_tree
 

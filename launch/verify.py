@@ -3,9 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..training.manifest import MANIFEST, Damage, Manifest, damages, read_manifest
 from .assets import PREFIX, cache_dir
@@ -185,9 +186,25 @@ def _certificate(path: Path) -> Finding:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return Finding(str(path), "certificate", False, "is not JSON; export again")
+    if tree.get("kind") == "invariance":
+        return _invariance(path, tree)
     if tree.get("checked") is False:
         return Finding(str(path), "certificate", True, "; ".join(tree.get("limits", [])) or "not checked")
     numbers = f", KL {tree['mean_kl']:.1e} (budget {tree['budget']:.0e})" if "mean_kl" in tree else ""
     failures = "; ".join(tree.get("failures", []))
     detail = f"{tree.get('subject', 'template')}{numbers}{': ' + failures if failures else ''}"
     return Finding(str(path), "certificate", tree.get("passed") is True, detail)
+
+
+def _invariance(path: Path, tree: Mapping[str, Any]) -> Finding:
+    """An invariance certificate must follow from its own numbers: no cell beyond the tolerance, no hash of its own."""
+    beyond = [
+        cell["name"]
+        for cell in tree["cells"]
+        if cell["dtype"] == "float32"
+        and not all((cell[key] or 0.0) <= tree["tolerance"] for key in ("loss", "grad_norm", "weights"))
+    ]
+    failures = [*tree["failures"], *(f"{name}: beyond {tree['tolerance']:.0e}" for name in beyond)]
+    failures += [f"{group['name']}: bits differ" for group in tree["elastic"]["hashes"] if len(group["sha256"]) != 1]
+    passed = tree["passed"] is True and not failures and bool(tree["cells"])
+    return Finding(str(path), "certificate", passed, "; ".join([tree["subject"], *failures]))

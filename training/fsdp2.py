@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -42,7 +42,7 @@ class ShardedEngine(Engine):
             group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
 
     def _distribute(self) -> nn.Module:
-        mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
+        mesh = self._mesh()
         policy = MixedPrecisionPolicy()
         if self.mixed:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -53,6 +53,10 @@ class ShardedEngine(Engine):
             module.set_gradient_divide_factor(1.0)  # FSDP2 divides by the number of ranks
             module.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
         return self.module
+
+    def _mesh(self) -> DeviceMesh:
+        """The ranks over which rows are cut."""
+        return init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
 
     def _sharded_modules(self) -> list[FSDPModule]:
         return [module for module in self.module.modules() if isinstance(module, FSDPModule)]
@@ -70,17 +74,21 @@ class ShardedEngine(Engine):
     def clip(self) -> float:
         """Scale this rank's rows by the norm over all ranks' rows; fp64 sums. Collective."""
         gradients = [cast(DTensor, p.grad).to_local() for p in self.trainable if p.grad is not None]
-        squares = sum((gradient.double().square().sum().item() for gradient in gradients), 0.0)
-        norm = self.ranks.sum({"squares": squares})["squares"] ** 0.5
+        norm = self.ranks.sum({"squares": self._squares()})["squares"] ** 0.5
         torch._foreach_mul_(gradients, min(1.0, self.max_grad_norm / (norm + 1e-6)))
         return norm
+
+    def _squares(self) -> float:
+        """This rank's part of the squared norm."""
+        gradients = [cast(DTensor, p.grad).to_local() for p in self.trainable if p.grad is not None]
+        return sum((gradient.double().square().sum().item() for gradient in gradients), 0.0)
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
         """`module` is then an ordinary model on the first rank; FSDP2's own would gather in its hooks, collectively."""
         sharded, weights = self.module, {}
         for name, parameter in sharded.named_parameters():
-            whole = cast(DTensor, parameter.detach()).to(self.ranks.device).full_tensor()
+            whole = cast(DTensor, parameter.detach().to(self.ranks.device)).full_tensor()
             if self.ranks.first:
                 weights[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
         if self.ranks.first:

@@ -16,6 +16,10 @@ def build_engine(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimize
         return ElasticEngine(ranks, model, optimizer, recipe)
     if recipe.parallel.engine == "ddp":
         return Engine(ranks, model, optimizer, recipe)
+    if recipe.parallel.tensor > 1:
+        from .tensor_parallel import TensorEngine
+
+        return TensorEngine(ranks, model, optimizer, recipe)
     if recipe.parallel.engine == "fsdp2":
         from .fsdp2 import ShardedEngine
 

@@ -141,6 +141,25 @@ def _parallel(recipe: "Recipe") -> Iterator[Rule]:
         "parallel.engine: deterministic: elastic keeps all on every rank; use ddp, or deterministic: off",
     )
     yield (
+        recipe.parallel.tensor > 1 and recipe.parallel.engine != "fsdp2",
+        f"parallel.tensor: {recipe.parallel.engine} cannot cut what ranks share already; use parallel.engine: fsdp2, "
+        "or tensor: 1",
+    )
+    yield (
+        recipe.parallel.tensor > 1 and (recipe.lora.rank > 0 or recipe.optim.name == "muon"),
+        "parallel.tensor: adapters and muon need whole matrices; use adamw with lora.rank: 0, or tensor: 1",
+    )
+    yield (
+        recipe.parallel.tensor > 1 and (recipe.model.compile or recipe.parallel.offload == "cpu"),
+        "parallel.tensor: does not go together with model.compile or parallel.offload here; leave these out, or set "
+        "tensor: 1",
+    )
+    yield (
+        recipe.parallel.context > 1,
+        "parallel.context: torch's ring attention has no CPU kernel and takes no mask, so packed documents would see "
+        "each other; set context: 1, and cut memory with activation checkpointing or parallel.tensor",
+    )
+    yield (
         recipe.method == "grpo" and recipe.parallel.engine in ("zero3", "fsdp2"),
         f"parallel.engine: grpo samples from weights in place, which {recipe.parallel.engine} scatters; use ddp, "
         "zero1 or zero2",

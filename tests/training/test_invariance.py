@@ -1,8 +1,8 @@
 """One global batch, every cut of it: the same loss, gradient norm and weights, through the command line.
 
-Runs of real processes under `accelerate launch`: one rank is the reference, two ranks under DDP, FSDP2 and
-DeepSpeed ZeRO-1, 2 and 3 must equal it. 22 rows in batches of 8, micro-batches of 3: accumulation, a ragged last
-window (6 rows), ranks with an empty micro-batch, and rows of very different lengths.
+`shipyard verify invariance --cells short` runs as a user runs it: every method under every engine that takes it, on two
+ranks. Beside it one job through `shipyard train`: 22 rows in batches of 8, micro-batches of 3: accumulation, a ragged
+last window (6 rows), ranks with an empty micro-batch, and rows of very different lengths.
 """
 
 import json
@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from shipyard.evals import lattice
+from shipyard.evals.lattice_inputs import write_inputs
+from shipyard.evals.lattice_ranks import train_all
+from shipyard.launch.cli import run_command
 from shipyard.training.shard import StoredFragments
 
 TOLERANCE = 1e-6
@@ -54,9 +58,18 @@ def one_rank(tmp_path_factory, tiny_model, chat_rows, shipyard) -> tuple[Path, P
     return recipe, folder / "one"
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_two_ranks_equal_one(engine: str, one_rank: tuple[Path, Path], shipyard, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def short(tmp_path_factory, shipyard) -> Path:
+    """Where the short lattice left its certificate and its page."""
+    folder = tmp_path_factory.mktemp("lattice")
+    done = shipyard("verify", "invariance", "--short", "--out", folder, timeout_s=1800, check=False)
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    return folder
+
+
+def test_two_ranks_equal_one(one_rank: tuple[Path, Path], shipyard, tmp_path: Path) -> None:
     recipe, reference = one_rank
+    engine = "zero3"
     done = shipyard("train", recipe, f"run_dir={tmp_path / 'two'}", f"parallel.engine={engine}", ranks=2)
     assert f"{engine} on 2 ranks" in done.stdout
     assert_same(tmp_path / "two", reference)
@@ -90,38 +103,60 @@ def test_a_loss_averaged_in_micro_batches_would_fail_here(one_rank, tmp_path: Pa
         assert_same(tmp_path / "wrong", reference, tolerance=1e-2)
 
 
-PREFERENCE_ROWS = [
-    {"prompt": f"Say {word}.", "chosen": f"{word}! " * (1 + number % 4), "rejected": "No. " * (1 + number % 3)}
-    for number, word in enumerate(
-        ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
-    )
-]
+def test_the_short_lattice_holds(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    certificate = json.loads((short / "invariance-certificate.json").read_text())
+    cells = certificate["cells"]
+    assert certificate["passed"], certificate["failures"]
+    ran = {(cell["method"], cell["engine"]) for cell in cells if cell["world"] == 2 and cell["dtype"] == "float32"}
+    assert ran >= {(method, engine) for method in lattice.METHODS for engine in ("ddp", "zero1", "zero2", "elastic")}
+    assert ran >= {("sft", engine) for engine in lattice.ENGINES}
+    assert {cell["engine"] for cell in cells if cell["dtype"] == "bfloat16"} >= {"ddp", "fsdp2", "zero2", "zero3"}
+    differ = [max(cell["loss"], cell["grad_norm"], cell["weights"]) for cell in cells if cell["dtype"] == "float32"]
+    assert 0 < max(differ) <= TOLERANCE
+    assert min(cell["beyond_bf16"] for cell in cells) > 0.9
+    assert [group["worlds"] for group in certificate["elastic"]["hashes"]] == [[1, 2]] * 4
+    assert all("; " in entry["reason"] or "use" in entry["reason"] for entry in certificate["refused"])
+    assert "| fsdp2+tensor |" in (short / "invariance.md").read_text()
+    assert run_command(["verify", str(short)]) == 0
+    assert "invariance lattice, short" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
-def test_preferences_and_rollouts_too(method: str, tiny_model: Path, shipyard, tmp_path: Path) -> None:
-    # Adapters start with gradients around Adam's default epsilon (1e-8), where the update is the sign of a rounding
-    # error; with a larger epsilon the weights say what the gradients say.
-    sections: dict = {"method": method, "lora": {"rank": 4}, "optim": {"lr": 1e-3, "eps": 1e-5}}
-    if method == "dpo":
-        rows = tmp_path / "pairs.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for row in PREFERENCE_ROWS))
-        sections |= {"dpo": {"sft_weight": 0.3}, "batch": {"size": 6, "micro": 2}}
-        recipe = recipe_file(tmp_path / "dpo.yaml", tiny_model, rows, **sections)
-    else:
-        options = {"min_word_len": 3, "max_word_len": 4}  # this verifier pays for single letters, so rewards differ
-        sections |= {
-            "grpo": {"group_size": 4, "max_new_tokens": 6, "inner_steps": 2, "beta": 0.05, "task_options": options}
-        }
-        sections |= {
-            "data": {"train": "task:spell_backward"},
-            "steps": 4,
-            "epochs": None,
-            "batch": {"size": 16, "micro": 3},
-        }
-        recipe = recipe_file(tmp_path / "grpo.yaml", tiny_model, tmp_path, **sections)
-    shipyard("train", recipe, f"run_dir={tmp_path / 'one'}")
-    shipyard("train", recipe, f"run_dir={tmp_path / 'two'}", ranks=2)
-    assert_same(tmp_path / "two", tmp_path / "one")
-    steps, _ = outcome(tmp_path / "one")
-    assert any(step["grad_norm"] > 0 for step in steps)
+def test_a_certificate_that_its_own_numbers_refute_is_refused(short: Path, tmp_path: Path) -> None:
+    tree = json.loads((short / "invariance-certificate.json").read_text())
+    spoilt = [
+        {**tree, "cells": [{**tree["cells"][0], "weights": 1e-5}]},
+        {**tree, "cells": []},
+        {**tree, "elastic": {**tree["elastic"], "hashes": [{"name": "x", "sha256": ["a", "b"]}]}},
+        {**tree, "passed": False},
+    ]
+    for wrong in spoilt:
+        (tmp_path / "invariance-certificate.json").write_text(json.dumps(wrong))
+        assert run_command(["verify", str(tmp_path)]) == 1
+
+
+def test_a_few_cells_hold_every_pair_of_values(tmp_path: Path) -> None:
+    allowed = [cell for cell in lattice.product() if lattice.refusal(cell, tmp_path) is None]
+    chosen = lattice.pairwise(allowed)
+    pairs = [{pair for cell in cells for pair in lattice.pairs(cell)} for cells in (allowed, chosen)]
+    assert pairs[0] == pairs[1]
+    assert len(chosen) < len(allowed) / 50
+
+
+def test_ranks_that_die_cost_one_cell(tmp_path: Path) -> None:
+    """What is left goes on in new processes, and the failed cell says why."""
+    write_inputs(tmp_path)
+    cells = [lattice.Cell("sft", "ddp", 1, micro, True, "none", False) for micro in (8, 3)]
+    trees = [lattice.recipe_tree(cell, tmp_path, tmp_path / cell.name) for cell in cells]
+    (tmp_path / "broken.jsonl").write_text("{")
+    trees[0]["data"] = {"train": str(tmp_path / "broken.jsonl")}
+    broken, whole = train_all(trees, 1, tmp_path)
+    assert "broken.jsonl" in broken.error
+    assert (whole.error, whole.run_dir.name) == ("", cells[1].name)
+
+
+@pytest.mark.slow
+def test_the_standard_lattice_and_the_chain_hold(shipyard, tmp_path: Path) -> None:
+    shipyard("verify", "invariance", "--out", tmp_path, timeout_s=7200)
+    chain = json.loads((tmp_path / "invariance-certificate.json").read_text())["elastic"]["chain"]
+    assert [link["ranks"] for link in chain["links"]] == [2, 4, 1]
+    assert chain["passed"]
