@@ -216,23 +216,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Re-check hashes, lineage and certificates; or prove anew."""
-    cover = "full" if full else "short" if short else "standard"
-    if str(path) == "kernels":
-        from .verify import verify_kernels
+    from .verify import verify as check
 
-        passed = verify_kernels(as_json)
-    elif str(path) == "crash":
-        from ..evals.crash_page import verify_crash
-
-        passed = verify_crash(cover, out, as_json)
-    elif str(path) == "invariance":
-        from ..evals.invariance import verify_invariance
-
-        passed = verify_invariance(cover, out or Path("runs/invariance"), as_json)
-    else:
-        from .verify import verify_tree
-
-        passed = verify_tree(path, as_json)
+    passed = check(path, "full" if full else "short" if short else "standard", out, as_json)
     if not passed:
         raise typer.Exit(1)
 

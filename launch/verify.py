@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..training.manifest import MANIFEST, Damage, Manifest, damages, read_manifest
 from .assets import PREFIX, cache_dir
@@ -23,6 +23,23 @@ class Finding:
     kind: str
     passed: bool
     detail: str
+
+
+def verify(path: Path, cover: Literal["short", "standard", "full"], out: Path | None, as_json: bool) -> bool:
+    """Prove what a word names, or check what lies under a path; return whether all of it holds."""
+    if str(path) == "kernels":
+        return verify_kernels(as_json)
+    if str(path) == "crash":
+        from ..evals.crash_page import verify_crash
+
+        return verify_crash(cover, out, as_json)
+    if str(path) == "invariance":
+        from ..evals.invariance import verify_invariance
+
+        return verify_invariance(cover, out or Path("runs/invariance"), as_json)
+    if out is not None:
+        raise ValueError(f"verify: --out is for proofs (crash, invariance), not for {path}; leave it out")
+    return verify_tree(path, as_json)
 
 
 def verify_kernels(as_json: bool, kernels: Sequence[str] = ()) -> bool:
