@@ -274,8 +274,8 @@ def attention_triton(
     padding and caches take `attention_per_document`."""
     if attention_mask is not None or query.shape[2] != key.shape[2] or dropout:
         return attention_per_document(
-            module,  # pyright: ignore
-            query,
+            module,
+            query,  # pyright: ignore
             key,
             value,
             attention_mask,

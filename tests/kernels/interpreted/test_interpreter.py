@@ -34,6 +34,15 @@ def reads_neighbour(x, y, BLOCK: tl.constexpr):
 
 
 @jit
+def overwrites_what_another_read(x, y, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    value = tl.load(y + BLOCK + at)
+    tl.store(x + program * BLOCK + at, value)
+    tl.store(y + BLOCK + at, value, mask=at < program * BLOCK)
+
+
+@jit
 def adds_atomically(x, y, BLOCK: tl.constexpr):
     tl.atomic_add(y + tl.arange(0, BLOCK), 1.0)
 
@@ -124,7 +133,9 @@ def test_unwritten_output_shows():
     assert poisoned(out).sum() == 12
 
 
-@pytest.mark.parametrize("kernel", [everyone_writes, one_address, reads_neighbour, adds_atomically])
+@pytest.mark.parametrize(
+    "kernel", [everyone_writes, one_address, reads_neighbour, overwrites_what_another_read, adds_atomically]
+)
 def test_races(kernel):
     with Sanitizer() as report:
         kernel[(2,)](torch.zeros(64), torch.zeros(64), 32)
