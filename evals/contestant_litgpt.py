@@ -70,7 +70,7 @@ def main() -> None:
     precision = {"float32": "32-true", "bfloat16": "bf16-true"}[work["dtype"]]
     train = TrainArgs(
         save_interval=None, log_interval=1, global_batch_size=work["size"], micro_batch_size=work["micro"],
-        lr_warmup_steps=0, epochs=1, max_seq_length=None,
+        lr_warmup_steps=1, epochs=1, max_seq_length=None,
     )  # fmt: skip
     rank, every = work["lora_rank"], True
     setup(
