@@ -31,7 +31,7 @@ TIMEOUT_S = 7200
 SMOLLM2 = {"name": "asset:smollm2-135m-instruct", "dtype": "float32"}
 LITGPT_NAMES = {"asset:smollm2-135m-instruct": "SmolLM2-135M-Instruct"}
 """LitGPT builds a model from a name that it knows."""
-NO_LITGPT = "LitGPT is not here: it needs an environment of its own (`--litgpt DIR`) and a model that it knows by name."
+LITGPT_NEEDS = "LitGPT needs an environment of its own (`--litgpt DIR`) and a model that it knows by name."
 
 
 @dataclass(frozen=True)
@@ -302,8 +302,8 @@ def _section(table: Table, setting: str) -> str:
         )
     if ours is not None and peers:
         lines += ["", verdict(table, peers)]
-    if "litgpt" not in present:
-        lines += ["", NO_LITGPT]
+    if missing := [CONTESTANTS[name] for name in CONTESTANTS if name not in present]:
+        lines += ["", f"Not measured here, so the bar is not settled: {'; '.join(missing)}. {LITGPT_NEEDS}"]
     return "\n".join([*lines, ""])
 
 

@@ -67,4 +67,5 @@ def test_misses_stay_in_the_page_and_other_workloads_too(tmp_path: Path) -> None
     text = page.read_text()
     assert text.count("## slow") == text.count("## another") == 1
     assert "there. 1 round;" in text
+    assert "the bar is not settled: HF Trainer, one row at a time;" in text
     assert "| HF Trainer, padded | 90 | 40 | 2.00 | 1.60 | 1.11x |" in text
