@@ -106,12 +106,12 @@ def launch(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A run, or a model directory.")],
-    to: Annotated[Literal["hf", "gguf", "ollama"], typer.Option(help="Format.")] = "gguf",
+    to: Annotated[Literal["hf", "gguf", "ollama", "litgpt"], typer.Option(help="Format.")] = "gguf",
     quant: Annotated[str | None, typer.Option(help="f32, f16, bf16 or q8_0; for gguf several with commas.")] = None,
     out: Annotated[Path | None, typer.Option(help="New directory. [default: MODEL-FORMAT]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write hf, gguf or ollama, with a parity certificate."""
+    """Write hf, gguf, ollama or litgpt, with a parity certificate."""
     from ..serving.export import export as write
     from ..training.manifest import read_manifest
 

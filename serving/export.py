@@ -1,4 +1,4 @@
-"""Turn a model into what other programs load: safetensors, GGUF, or GGUF with an Ollama Modelfile, each certified.
+"""Turn a model into what other programs load: safetensors, GGUF, GGUF with an Ollama Modelfile, LitGPT, each certified.
 
 The directory appears only when every certificate has passed; its manifest names the source by the digest of its files.
 """
@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..training.litgpt import load_litgpt, save_litgpt
 from ..training.manifest import MANIFEST, hash_file, new_directory, verify
 from .gguf import KINDS, write_gguf
 from .llamacpp import require_llamacpp
 from .modelfile import TemplateCertificate, write_modelfile
-from .parity import Certificate, certify_gguf, certify_safetensors, read_reference
+from .parity import Certificate, certify_gguf, certify_merge, certify_safetensors, read_reference
 from .vocabulary import read_json
 
-TARGETS = ("hf", "gguf", "ollama")
+TARGETS = ("hf", "gguf", "ollama", "litgpt")
 DEFAULT_QUANT = {"gguf": "f16", "ollama": "q8_0"}
 HF_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json")
 HF_EXTRAS = (
@@ -48,13 +50,10 @@ def source_digest(model_dir: Path) -> str:
 
 def _quants(to: str, quant: str | None) -> list[str]:
     if to not in TARGETS:
-        hint = "; LitGPT is planned" if to == "litgpt" else ""
-        raise ValueError(f"to: {to!r} is not one of {', '.join(TARGETS)}{hint}")
-    if to == "hf":
+        raise ValueError(f"to: {to!r} is not one of {', '.join(TARGETS)}")
+    if to in ("hf", "litgpt"):
         if quant is not None:
-            raise ValueError(
-                f"quant: {quant!r} with --to hf, safetensors keep the model's own dtype; leave --quant out"
-            )
+            raise ValueError(f"quant: {quant!r} with --to {to}, which keeps the model's own dtype; leave --quant out")
         return []
     kinds = (quant or DEFAULT_QUANT[to]).split(",")
     for kind in kinds:
@@ -79,6 +78,21 @@ def _export_hf(model_dir: Path, folder: Path) -> list[Certificate]:
     return [certificate]
 
 
+def _export_litgpt(model_dir: Path, folder: Path) -> list[Certificate]:
+    """LitGPT's files, read back, must say what the model says."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    save_litgpt(model, folder, model_dir.resolve().parent.name if model_dir.name == "model" else model_dir.name)
+    for pattern in ("generation_config.json", "tokenizer*.json", *HF_EXTRAS):
+        for path in model_dir.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    back = load_litgpt(folder, model.dtype)
+    certificate = certify_merge(model, back, AutoTokenizer.from_pretrained(model_dir))
+    certificate.subject, certificate.reference = "lit_model.pth", str(model_dir)
+    certificate.limits = ["LitGPT's layout was read back and run by transformers"]
+    certificate.write(folder / "litgpt.certificate.json")
+    return [certificate]
+
+
 def _export_gguf(model_dir: Path, folder: Path, kinds: list[str]) -> list[Certificate]:
     files = [folder / f"model-{kind}.gguf" for kind in kinds]
     for path, kind in zip(files, kinds, strict=True):
@@ -92,14 +106,14 @@ def _export_gguf(model_dir: Path, folder: Path, kinds: list[str]) -> list[Certif
 def export(model: Path, out_dir: Path, to: str, quant: str | None = None) -> Path:
     """Export `model` (a run or a Hugging Face directory) into the new directory `out_dir` and return it.
 
-    `to` is hf, gguf or ollama; `quant` is f32, f16, bf16 or q8_0, for gguf several with commas. Raises ValueError, with
-    nothing left behind, when the model cannot be written in that form or a certificate does not pass.
+    `to` is hf, gguf, ollama or litgpt; `quant` is f32, f16, bf16 or q8_0, for gguf several with commas. Raises
+    ValueError, with nothing left behind, when the model cannot be written in that form or a certificate does not pass.
     """
     kinds = _quants(to, quant)
     _check_out(out_dir)
     model_dir = model_directory(model)
     read_json(model_dir / "tokenizer.json")
-    if to != "hf":
+    if to in ("gguf", "ollama"):
         require_llamacpp()
     about: dict[str, Any] = {"kind": "export", "to": to, "quant": kinds, "source": str(model_dir.resolve())}
     about["source_digest"] = source_digest(model_dir)
@@ -109,7 +123,10 @@ def export(model: Path, out_dir: Path, to: str, quant: str | None = None) -> Pat
             template = write_modelfile(model_dir, f"model-{kinds[0]}.gguf", folder / "Modelfile")
             template.write(folder / "Modelfile.certificate.json")
             certificates.append(template)
-        certificates += _export_hf(model_dir, folder) if to == "hf" else _export_gguf(model_dir, folder, kinds)
+        if kinds:
+            certificates += _export_gguf(model_dir, folder, kinds)
+        else:
+            certificates += (_export_hf if to == "hf" else _export_litgpt)(model_dir, folder)
         for certificate in certificates:
             if not certificate.passed and not (
                 isinstance(certificate, TemplateCertificate) and not certificate.checked

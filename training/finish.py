@@ -10,7 +10,7 @@ from .engine import Engine
 from .log import StepLog
 from .lora import merge
 from .manifest import Manifest, new_directory, verify
-from .models import SCRATCH, locate
+from .models import config_source
 from .recipe import Recipe
 
 
@@ -36,7 +36,7 @@ def finish(recipe: Recipe, engine: Engine, tokenizer: Any, run_dir: Path, identi
 def _write(recipe: Recipe, engine: Engine, tokenizer: Any, run_dir: Path, identity: str, log: StepLog) -> None:
     module, dtype = engine.module, getattr(torch, recipe.model.dtype)
     module.eval()
-    source = locate(recipe.model.name) if recipe.model.name != SCRATCH else None
+    source = config_source(recipe.model.name)
     plain = merge(module, source, dtype)
     about: dict[str, Any] = {
         "identity": identity,

@@ -24,12 +24,13 @@ from .activations import recompute
 from .experts import watch
 from .float8 import require_hopper, use_float8
 from .init import initialise
+from .litgpt import is_litgpt, load_litgpt
 
 SCRATCH = "scratch"
 
 
 def locate(name: str) -> str:
-    """Turn a recipe's model name into what transformers loads: a directory, or a hub name as it stands.
+    """Turn a recipe's model name into what transformers (or LitGPT) loads: a directory, or a hub name as it stands.
 
     `asset:NAME` is fetched and verified; the directory of an earlier run stands for the model that it trained.
     Raises ValueError when a path is meant and nothing whole is there.
@@ -39,7 +40,7 @@ def locate(name: str) -> str:
     path = resolve(name)
     if (path / "model" / "config.json").is_file():
         return str(path / "model")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / "config.json").is_file() and not is_litgpt(path):
         unfinished = (path / "recipe.yaml").is_file()
         reason = "is a run that has not finished; train it to its end" if unfinished else "holds no config.json"
         raise ValueError(f"model.name: {name} {reason}, or name another model")
@@ -47,6 +48,12 @@ def locate(name: str) -> str:
     if not path.exists() and looks_like_path:
         raise ValueError(f"model.name: {name} does not exist; give a directory, a hub name (owner/model) or asset:NAME")
     return str(path) if path.exists() else name
+
+
+def config_source(name: str) -> str | None:
+    """Where transformers finds the config of a recipe's model; None where there is none to find: the model has it."""
+    source = locate(name) if name != SCRATCH else None
+    return None if source is None or is_litgpt(Path(source)) else source
 
 
 def shape_config(shape: str) -> dict[str, Any]:
@@ -103,6 +110,13 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
         loaded.tie_weights()  # that, too, was left undone
         initialise(loaded, model, seed)
         return for_training(loaded)
+    where = Path(locate(model.name))
+    if is_litgpt(where):
+        if model.quantize != "none":
+            raise ValueError(
+                "model.quantize: LitGPT's weights are read whole; train once without nf4 and name that run"
+            )
+        return for_training(load_litgpt(where, dtype))
     quantization = None
     if model.quantize == "nf4":
         quantization = BitsAndBytesConfig(

@@ -48,7 +48,7 @@ def test_an_export_is_committed_with_lineage_and_certificates(tmp_path: Path, ti
 @pytest.mark.parametrize(
     ("to", "quant", "message"),
     [
-        ("litgpt", None, "to: 'litgpt' is not one of hf, gguf, ollama"),
+        ("onnx", None, "to: 'onnx' is not one of hf, gguf, ollama, litgpt"),
         ("gguf", "q4_k_m", "quant: 'q4_k_m' is not one of"),
         ("hf", "f16", "quant: 'f16' with --to hf"),
         ("ollama", "f16,q8_0", "name one kind"),

@@ -152,7 +152,7 @@ def one_rank(tmp_path_factory, tiny_model: Path, chat_rows: Path) -> tuple[Path,
 PARTS = ("value", "momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_muon_and_z_loss_on_two_ranks(engine: str, one_rank: tuple[Path, Path], shipyard, tmp_path: Path) -> None:
     """Loss, both its terms, weights and momentum equal one rank's, whose micro-batches were others."""
     recipe, one = one_rank
