@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from shipyard.launch.cli import run_command
 from shipyard.serving.export import export
 from shipyard.training.litgpt import CONFIG, WEIGHTS, is_litgpt, load_litgpt, save_litgpt
 from shipyard.training.loop import train
@@ -87,7 +88,8 @@ def test_litgpt_computes_the_same_logits(tmp_path: Path) -> None:
 
 def test_trained_from_litgpt_and_exported_to_it(tiny_model: Path, chat_rows: Path, tmp_path: Path) -> None:
     """As a user does: model.name is LitGPT's directory; the run's model goes back, with a certificate."""
-    start = export(tiny_model, tmp_path / "lit", "litgpt")
+    start = tmp_path / "lit"
+    assert run_command(["export", str(tiny_model), "--to", "litgpt", "--out", str(start)]) == 0
     assert is_litgpt(start)
     certificates = json.loads((start / "litgpt.certificate.json").read_text())
     assert certificates["passed"]
