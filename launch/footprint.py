@@ -169,6 +169,8 @@ def build(what: Pass, layers: int) -> nn.Module:
     from ..training.models import for_training
 
     tree: dict[str, Any] = _cut(json.loads(what.config), what.tensor) | {"num_hidden_layers": layers}
+    if layers <= tree.get("first_k_dense_replace", 0):  # a few dense blocks before many with experts: measure the many
+        tree["first_k_dense_replace"] = 0
     dtype = torch.float32 if what.autocast else getattr(torch, what.dtype)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(tree.pop("model_type"), **tree), dtype=dtype)
