@@ -43,10 +43,11 @@ class PreferenceTuning(Method[Pair]):
         documents = [pair.chosen for pair in items] + [pair.rejected for pair in items]
         batch = collate(documents, self.recipe.batch.packing).to(device_of(model))
         logp_N = target_log_probs(model, batch)
+        reference_N = self.reference.log_probs(batch)  # without items too: FSDP2 and ZeRO-3 gather weights for it
         if not items:
             return logp_N.sum() * 0.0, {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
         settings, count = self.recipe.dpo, len(items)
-        ratio_R = per_document(logp_N - self.reference.log_probs(batch), batch)
+        ratio_R = per_document(logp_N - reference_N, batch)
         if settings.loss == "ipo":
             ratio_R = ratio_R / per_document(torch.ones_like(logp_N), batch)
         chosen_P, rejected_P = ratio_R[:count], ratio_R[count:]
