@@ -33,7 +33,7 @@ class ShardedEngine(Engine):
     def __init__(self, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         self.offload = recipe.parallel.offload == "cpu"
         self.mixed = recipe.model.dtype == "bfloat16" and recipe.lora.rank == 0
-        self._skeleton = _without_weights(model)
+        self._skeleton = without_weights(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         super().__init__(ranks, model, optimizer, recipe)
         self.autocast = False  # the policy casts
@@ -92,7 +92,7 @@ class ShardedEngine(Engine):
             if self.ranks.first:
                 weights[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
         if self.ranks.first:
-            _put_weights(self._skeleton, weights)
+            put_weights(self._skeleton, weights)
             for stale, buffer in zip(self._skeleton.buffers(), sharded.buffers(), strict=True):
                 stale.copy_(buffer)
             self.module = self._skeleton.to(self.ranks.device)
@@ -100,7 +100,7 @@ class ShardedEngine(Engine):
             yield
         finally:
             self.module = sharded
-            self._skeleton = _without_weights(self._skeleton)
+            self._skeleton = without_weights(self._skeleton)
 
     def fragments(self) -> Iterator[Fragment]:
         """Rows are contiguous in a flattened tensor: each parameter's shard is one range."""
@@ -137,7 +137,7 @@ class ShardedEngine(Engine):
         return (rows * row * self.ranks.rank if length else 0), length
 
 
-def _without_weights(model: nn.Module) -> nn.Module:
+def without_weights(model: nn.Module) -> nn.Module:
     """A copy of a model whose parameters take no memory."""
     hollow = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
@@ -146,7 +146,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=cast(dict[int, Any], hollow))
 
 
-def _put_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+def put_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     """Replace parameters by name; one that several modules share stays shared."""
     replaced = {id(parameter): weights[name] for name, parameter in model.named_parameters()}
     for module in model.modules():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .batches import accumulation
 from .engine import Engine, Fragment, Read
+from .fsdp2 import put_weights, without_weights
 from .optim import set_learning_rate
 from .ranks import Ranks
 from .recipe import Recipe
@@ -24,6 +25,7 @@ class ZeroEngine(Engine):
         self.ranks, self.stage = ranks, int(recipe.parallel.engine[-1])
         self.rounds = accumulation(recipe.batch.size, recipe.batch.micro, ranks.world_size)
         config = deepspeed_config(recipe, self.rounds)
+        self._skeleton = without_weights(model) if self.stage == 3 else model
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)  # pyright: ignore
         self.deepspeed: Any = engine
         self.model: nn.Module = engine
@@ -68,13 +70,28 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
+        """Under ZeRO-3 `module` is then an ordinary model on the first rank: DeepSpeed's hooks would gather weights,
+        collectively, in forward passes that this rank makes alone."""
         if self.stage < 3:
             yield
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+        partitioned, weights = self.module, {}
+        with deepspeed.zero.GatheredParameters(list(partitioned.parameters())):
+            if self.ranks.first:
+                for name, parameter in partitioned.named_parameters():
+                    weights[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        if self.ranks.first:
+            put_weights(self._skeleton, weights)
+            for stale, buffer in zip(self._skeleton.buffers(), partitioned.buffers(), strict=True):
+                stale.copy_(buffer)
+            self.module = self._skeleton.to(self.ranks.device)
+        try:
             yield
+        finally:
+            self.module = partitioned
+            self._skeleton = without_weights(self._skeleton)
 
     def fragments(self) -> Iterator[Fragment]:
         """DeepSpeed's own partitions: flat fp32 ranges of parameters, which cut where its buffers end."""
