@@ -106,12 +106,14 @@ def launch(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A run, or a model directory.")],
-    to: Annotated[Literal["hf", "gguf", "ollama", "litgpt"], typer.Option(help="Format.")] = "gguf",
+    to: Annotated[
+        Literal["hf", "gguf", "ollama", "litgpt", "deepspeed", "checkpoint"], typer.Option(help="Format.")
+    ] = "gguf",
     quant: Annotated[str | None, typer.Option(help="f32, f16, bf16 or q8_0; for gguf several with commas.")] = None,
     out: Annotated[Path | None, typer.Option(help="New directory. [default: MODEL-FORMAT]")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write hf, gguf, ollama or litgpt, with a parity certificate."""
+    """Write a model, with a parity certificate; a checkpoint for DeepSpeed; a run from DeepSpeed's."""
     from ..serving.export import export as write
     from ..training.manifest import read_manifest
 

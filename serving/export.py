@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..training.deepspeed_files import export_deepspeed, import_deepspeed
 from ..training.litgpt import load_litgpt, save_litgpt
 from ..training.manifest import MANIFEST, hash_file, new_directory, verify
 from .gguf import KINDS, write_gguf
@@ -19,7 +20,7 @@ from .modelfile import TemplateCertificate, write_modelfile
 from .parity import Certificate, certify_gguf, certify_merge, certify_safetensors, read_reference
 from .vocabulary import read_json
 
-TARGETS = ("hf", "gguf", "ollama", "litgpt")
+TARGETS = ("hf", "gguf", "ollama", "litgpt", "deepspeed", "checkpoint")
 DEFAULT_QUANT = {"gguf": "f16", "ollama": "q8_0"}
 HF_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json")
 HF_EXTRAS = (
@@ -51,7 +52,7 @@ def source_digest(model_dir: Path) -> str:
 def _quants(to: str, quant: str | None) -> list[str]:
     if to not in TARGETS:
         raise ValueError(f"to: {to!r} is not one of {', '.join(TARGETS)}")
-    if to in ("hf", "litgpt"):
+    if to not in DEFAULT_QUANT:
         if quant is not None:
             raise ValueError(f"quant: {quant!r} with --to {to}, which keeps the model's own dtype; leave --quant out")
         return []
@@ -106,11 +107,17 @@ def _export_gguf(model_dir: Path, folder: Path, kinds: list[str]) -> list[Certif
 def export(model: Path, out_dir: Path, to: str, quant: str | None = None) -> Path:
     """Export `model` (a run or a Hugging Face directory) into the new directory `out_dir` and return it.
 
-    `to` is hf, gguf, ollama or litgpt; `quant` is f32, f16, bf16 or q8_0, for gguf several with commas. Raises
-    ValueError, with nothing left behind, when the model cannot be written in that form or a certificate does not pass.
+    `to` is hf, gguf, ollama or litgpt; deepspeed writes a run's checkpoint in DeepSpeed's universal layout; checkpoint
+    makes a run directory of a DeepSpeed checkpoint and returns the step in it. `quant` is f32, f16, bf16 or q8_0, for
+    gguf several with commas. Raises ValueError, with nothing left behind, when the model cannot be written in that form
+    or a certificate does not pass.
     """
     kinds = _quants(to, quant)
+    if to == "checkpoint":
+        return import_deepspeed(model, out_dir)
     _check_out(out_dir)
+    if to == "deepspeed":
+        return export_deepspeed(model, out_dir)
     model_dir = model_directory(model)
     read_json(model_dir / "tokenizer.json")
     if to in ("gguf", "ollama"):

@@ -223,7 +223,8 @@ def restore(engine: Engine, manifest: Manifest, load_method: Callable[[dict[str,
         odd = sorted(set(wanted.items()) ^ set(stored.shapes.items()))[0][0]
         raise ValueError(f"resume: {manifest.path} was written for another model ({odd}); set another run_dir")
     engine.load(stored.read, int(manifest.about["updates"]))
-    load_method(load_file(manifest.path / METHOD))
+    if manifest.about["identity"] is not None:  # what was imported has no state of a method
+        load_method(load_file(manifest.path / METHOD))
     return int(manifest.about["step"])
 
 

@@ -182,7 +182,7 @@ def _resume(engine: Engine, method: Method, found: Manifest | None, log: StepLog
 
 
 def _refuse_other_run(found: Manifest, recipe: Recipe) -> None:
-    if found.about["identity"] != identity(recipe):
+    if found.about["identity"] not in (None, identity(recipe)):  # None: imported, and nobody's yet
         raise ValueError(
             f"run_dir: {found.path.parent} holds a run of another recipe (compare its recipe.yaml); "
             "set another run_dir, or resume=never to start over in this one"

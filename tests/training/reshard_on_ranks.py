@@ -1,0 +1,35 @@
+"""Run under torchrun by test_checkpoint.py: engines take up each other's checkpoints.
+
+reshard_on_ranks.py RECIPE HOPS, where HOPS is a JSON list of (engine, source, out). For each, an engine loads the
+checkpoint `source`, writes what it then holds into `out`, takes one step, and writes again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from shipyard.training.checkpoint import Saver
+from shipyard.training.loop import assemble, identity, restore
+from shipyard.training.manifest import read_manifest
+from shipyard.training.ranks import start
+from shipyard.training.recipe import load_recipe
+from shipyard.training.step import run_step
+
+
+def main(recipe_file: str, hops: list[tuple[str, str, str]]) -> None:
+    ranks = start(load_recipe(recipe_file, ["run_dir=unused"]))
+    for engine_name, source, out in hops:
+        recipe = load_recipe(recipe_file, [f"run_dir={out}", f"parallel.engine={engine_name}"])
+        _, _, engine, method = assemble(recipe, ranks, Path(out))
+        step = restore(engine, method, read_manifest(Path(source)))
+        saver = Saver(ranks, Path(out), recipe.checkpoints, recipe.parallel.timeout_s)
+        about = {"identity": identity(recipe), "world_size": ranks.world_size, "engine": engine_name, "norms": []}
+        saver.save(engine, step, method.state(), about)
+        saver.finish()
+        run_step(recipe, engine, method, step, recipe.steps or 0)
+        saver.save(engine, step + 1, method.state(), about)
+        saver.finish()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
