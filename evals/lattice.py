@@ -166,7 +166,7 @@ def pretraining_data(inputs: Path) -> dict[str, Any]:
 def refusal(cell: Cell, inputs: Path) -> str | None:
     """The recipe rule that refuses a cell, in its own words; None if none does."""
     if cell.engine == "fsdp2+tensor" and cell.world == 1:
-        return "parallel.tensor: two ranks share a layer, and one is none of their multiples"
+        return "parallel.tensor: two ranks share a layer, and one is none of their multiples; use two or four"
     try:
         parse_recipe(recipe_tree(cell, inputs, Path("run")))
     except ValueError as error:

@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash ?(.*?)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 LONG = [text for tag, text in BLOCKS if tag == "long"]
 COMMANDS = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+COMMANDS |= {group.name for group in app.registered_groups}
 
 
 def test_blocks_run_in_order(tmp_path: Path) -> None:
