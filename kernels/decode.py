@@ -12,6 +12,7 @@ from .jit import cdiv, exponent, jit, next_power_of_2, tl, use_triton
 
 SPLIT_KEYS = 256
 TILE_KEYS = 64
+JOIN_ELEMENTS = 512  # per program of one warp: at least 8 per lane on every card, one 128-bit store of a half type
 
 
 def decode_reference(q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, scale=None) -> torch.Tensor:
@@ -63,11 +64,17 @@ def decode_attention(q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, scale=None) -
             GROUPS=groups, WIDTH=width, SLOTS=slots, SPLIT=SPLIT_KEYS, BN=TILE_KEYS, num_warps=4, num_stages=2,
             **base,
         )  # fmt: skip
-        join_kernel[(rows, heads)](
-            parts, tops, totals, lengths_B, out_BHD, splits, HEADS=heads, WIDTH=width, SPLIT=SPLIT_KEYS, num_warps=1,
-            **base,
+        tile = join_heads(width)
+        join_kernel[(rows, cdiv(heads, tile))](
+            parts, tops, totals, lengths_B, out_BHD, splits, HEADS=heads, TILE=tile, WIDTH=width, SPLIT=SPLIT_KEYS,
+            num_warps=1, **base,
         )  # fmt: skip
     return out_BHD
+
+
+def join_heads(width: int) -> int:
+    """Query heads that one program joins."""
+    return max(1, JOIN_ELEMENTS // width)
 
 
 @jit
@@ -116,25 +123,30 @@ def decode_kernel(
 
 @jit
 def join_kernel(
-    parts, tops, totals, lengths, out, splits, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr,
+    parts, tops, totals, lengths, out, splits, HEADS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of one head of one sequence, first to last."""
+    """Joins the splits of TILE heads of one sequence, each head by itself, first split to last."""
     row = tl.program_id(0).to(tl.int64)
-    head = row * HEADS + tl.program_id(1)
+    member = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    live = member < HEADS
+    head = row * HEADS + member
     length = tl.load(lengths + row)
     d = tl.arange(0, WIDTH)
-    top = tl.full([1], float("-inf"), COMPUTE)
-    total = tl.zeros([1], COMPUTE)
-    acc = tl.zeros([WIDTH], COMPUTE)
+    top = tl.full([TILE], float("-inf"), COMPUTE)
+    total = tl.zeros([TILE], COMPUTE)
+    acc = tl.zeros([TILE, WIDTH], COMPUTE)
     for split in range(0, (length + SPLIT - 1) // SPLIT):
         part = head * splits + split
-        part_top = tl.load(tops + part)
+        part_top = tl.load(tops + part, mask=live, other=0.0)
         top_new = tl.maximum(top, part_top)
         fade = raise_two(top - top_new, C, C_LOW, COMPUTE)
         weight = raise_two(part_top - top_new, C, C_LOW, COMPUTE)
-        acc = acc * fade + tl.load(parts + part * WIDTH + d) * weight
-        total = total * fade + tl.load(totals + part) * weight
+        values = tl.load(parts + part[:, None] * WIDTH + d[None, :], mask=live[:, None], other=0.0)
+        acc = acc * fade[:, None] + values * weight[:, None]
+        total = total * fade + tl.load(totals + part, mask=live, other=0.0) * weight
         top = top_new
-    seen = total > 0.0
-    tl.store(out + head * WIDTH + d, (acc * tl.where(seen, 1.0 / total, 0.0)).to(out.dtype.element_ty))
+    share = tl.where(total > 0.0, 1.0 / total, 0.0)
+    tl.store(
+        out + head[:, None] * WIDTH + d[None, :], (acc * share[:, None]).to(out.dtype.element_ty), mask=live[:, None]
+    )

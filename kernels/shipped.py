@@ -82,7 +82,7 @@ def other_configurations(arch: str) -> list[Configuration]:
     make = lambda name, kernel, constants, types, warps=4, stages=default: Configuration(
         name, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names}, types, warps, stages
     )
-    return [*_attention_rest(make), *_decode(make), *_elementwise(make), *_linear_cross_entropy(make)]
+    return [*_attention_rest(make), *_decode(make), *_elementwise(make, arch), *_linear_cross_entropy(make)]
 
 
 def _attention_rest(make) -> Iterator[Configuration]:
@@ -99,10 +99,10 @@ def _decode(make) -> Iterator[Configuration]:
     types |= dict.fromkeys(("parts", "tops", "totals"), "*fp32")
     split = dict(GROUP=4, GROUP_TILE=16, GROUPS=8, SLOTS=16, BN=decode.TILE_KEYS)
     yield make("decode", decode.decode_kernel, page | split, types, 4, 2)
-    yield make("decode join", decode.join_kernel, page, types, 1)
+    yield make("decode join", decode.join_kernel, page | dict(TILE=decode.join_heads(128)), types, 1)
 
 
-def _elementwise(make) -> Iterator[Configuration]:
+def _elementwise(make, arch: str) -> Iterator[Configuration]:
     fp32, width = tl.float32, 4096
     rotary = dict(HEADS=32, WIDTH=128, PAIRS=64, PAIRS_BLOCK=64, REST_BLOCK=1, BLOCK=rope.rope_block(128), COMPUTE=fp32)
     types = dict.fromkeys(("q", "k", "out_q", "out_k"), "*bf16") | {"cos": "*fp32", "sin": "*fp32", "sign": "fp32"}
@@ -115,7 +115,7 @@ def _elementwise(make) -> Iterator[Configuration]:
     rows = dict(ROWS=rms_norm.ROWS_PER_PARTIAL)
     yield make("rms_norm backward", rms_norm.rms_norm_backward_kernel, norm | rows, types, rms_norm.norm_warps(width))
     gate = dict.fromkeys(("gate", "up", "out", "grad", "dgate", "dup"), "*bf16")
-    one = dict(BLOCK=swiglu.BLOCK) | exponent(torch.bfloat16)
+    one = dict(BLOCK=swiglu.swiglu_block(arch)) | exponent(torch.bfloat16)
     yield make("swiglu", swiglu.swiglu_kernel, one, gate)
     yield make("swiglu backward", swiglu.swiglu_backward_kernel, one, gate)
 
