@@ -50,10 +50,22 @@ def attention_tile(arch: str, part: str, width: int, value_width: int, dtype: to
     wide = max(width, value_width)
     if dtype == torch.float64:
         return Tile(16, 16, 4, 1)
-    if dtype == torch.float32:  # fp32 dots run outside the tensor cores; tiles are bounded by registers
-        return Tile(64 if wide < 128 or (wide == 128 and arch != "sm_80") else 32, 32, 8, 1)
+    if dtype == torch.float32:
+        return _exact_tile(arch, part, wide)
     tiles = {"forward": _forward_tile, "keys": _keys_tile, "queries": _queries_tile}
     return tiles[part](arch, wide)
+
+
+def _exact_tile(arch: str, part: str, wide: int) -> Tile:
+    """fp32 runs on fused multiply-adds: a thread holds whole rows of both factors, so the width bounds the tile."""
+    if part == "queries" and wide == 192 and arch == "sm_90":
+        return Tile(8, 32, 8, 1)
+    if wide == 256 or (wide == 192 and part == "queries"):
+        return Tile(16, 16, 8, 1)
+    rows = 16 if part == "keys" and wide >= 128 else 32
+    if part == "forward":
+        rows = {80: 64, 96: 16 if arch == "sm_89" else 32}.get(wide, 32)
+    return Tile(rows, 32, 8, 1)
 
 
 def _forward_tile(arch: str, wide: int) -> Tile:
