@@ -22,7 +22,7 @@ from ..launch.assets import resolve
 
 TOKENIZER = "asset:smollm2-135m-instruct"
 WIDTH = 2048
-MEGABYTES, ROUNDS = 16, 3
+MEGABYTES, ROUNDS = 40, 3
 MEAN_LOG_BYTES, SPREAD = 8.0, 1.0  # of a document: 3 kB in the middle, 5 kB on average
 
 OURS = """
