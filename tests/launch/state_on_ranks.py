@@ -62,12 +62,11 @@ def measure(case: dict[str, Any], config: str, ranks: Ranks) -> dict[str, int]:
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree), dtype=width)
     if recipe.lora.rank:
         model = add_adapters(model, recipe.lora, 0)
-    tables = sum(buffer.untyped_storage().nbytes() for buffer in set(model.buffers()))
     engine = build_engine(ranks, model, build_optimizer(recipe, model), recipe)
-    skeleton = getattr(
-        engine, "_skeleton", None
-    )  # FSDP2's engine keeps the model's form, with rotary tables of its own
-    tables += sum(buffer.untyped_storage().nbytes() for buffer in skeleton.buffers()) if skeleton is not None else 0
+    # FSDP2's and ZeRO-3's engines keep the model's form, with rotary tables of its own.
+    forms = {model, getattr(engine, "_skeleton", model)}
+    buffers = {buffer for form in forms for buffer in form.buffers()}
+    tables = sum(buffer.untyped_storage().nbytes() for buffer in buffers)
     rounds = accumulation(recipe.batch.size, recipe.batch.micro, ranks.world_size)
     assert rounds == case["rounds"]
     most: list[int] = []
