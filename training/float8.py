@@ -24,7 +24,7 @@ def use_float8(layers: list[nn.Module]) -> int:
     count = 0
     for module in (inner for layer in layers for inner in layer.modules()):
         if type(module) is nn.Linear and module.in_features % MULTIPLE == module.out_features % MULTIPLE == 0:
-            module.forward = partial(_forward, module)
+            module.forward = partial(_forward, module)  # pyright: ignore[reportAttributeAccessIssue]
             count += 1
     return count
 
