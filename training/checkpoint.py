@@ -192,10 +192,15 @@ def newest_for_all(ranks: Ranks, run_dir: Path) -> tuple[Manifest | None, list[s
     step = int(ranks.sum({"step": float(found.about["step"]) if found else 0.0})["step"])
     if ranks.first or not step:
         return found, complaints
-    path, until = run_dir / f"step-{step:06d}", time.monotonic() + APPEAR_S
+    return _appeared(ranks, run_dir / f"step-{step:06d}"), complaints
+
+
+def _appeared(ranks: Ranks, path: Path) -> Manifest:
+    """The manifest of a checkpoint that the first rank has seen: a shared file system may show it later elsewhere."""
+    until = time.monotonic() + APPEAR_S
     while time.monotonic() < until:
         try:
-            return read_manifest(path), complaints
+            return read_manifest(path)
         except ValueError:
             time.sleep(0.1)
     raise ValueError(
@@ -210,7 +215,7 @@ def at_for_all(ranks: Ranks, run_dir: Path, step: int) -> Manifest | None:
         with contextlib.suppress(ValueError):
             found = verify(path)
     there = ranks.sum({"there": float(found is not None)})["there"]
-    return read_manifest(run_dir / f"step-{step:06d}") if there else None
+    return _appeared(ranks, run_dir / f"step-{step:06d}") if there else None
 
 
 def restore(engine: Engine, manifest: Manifest, load_method: Callable[[dict[str, Tensor]], None]) -> int:
