@@ -28,7 +28,7 @@ from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
 from .lora import add_adapters
 from .manifest import Manifest
 from .method import Method
-from .models import load_model, load_tokenizer, prepare
+from .models import frozen_dtype, has_bf16_units, load_model, load_tokenizer, prepare
 from .optim import build_optimizer
 from .parallel import build_engine
 from .pretrain import Pretraining, open_shards
@@ -99,7 +99,8 @@ def _steps(
 ) -> None:
     ranks, every = engine.ranks, recipe.checkpoints.every_steps
     saver = checkpoint.Saver(ranks, run_dir, recipe.checkpoints, recipe.parallel.timeout_s)
-    peak = peak_flops(ranks.device, getattr(torch, recipe.model.dtype)) * ranks.world_size
+    dtype = frozen_dtype(recipe.model.dtype) if recipe.lora.rank else getattr(torch, recipe.model.dtype)
+    peak = peak_flops(ranks.device, dtype) * ranks.world_size
     flops = flops_per_token(engine.module)
     with (
         _sigterm() as asked_to_stop,
@@ -240,6 +241,11 @@ def _introduce(recipe: Recipe, engine: Engine, data: Dataset | None, steps: int,
         f"{recipe.method}: {recipe.model.name}, {trained / 1e6:.2f}M weights train, {recipe.parallel.engine} on "
         f"{ranks}, {steps} steps of {recipe.batch.size}"
     )
+    if recipe.model.dtype == "bfloat16" and not has_bf16_units():
+        remedy = (
+            "frozen weights multiply in float32" if recipe.lora.rank else "set model.dtype=float32, it is far faster"
+        )
+        log.say(f"model.dtype: this processor has no bfloat16 units; {remedy}")
     if data is not None:
         left_out = f", {data.quarantined} quarantined in {data.quarantine_path}" if data.quarantined else ""
         outside = f", {data.outside} outside data.where" if data.outside else ""

@@ -99,9 +99,9 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
     """Load weights for training.
 
     Weights that are trained directly are fp32 (`trains_all`; the engine computes in `model.dtype`); frozen ones are
-    stored in `model.dtype`, or NF4 with double quantization (Dettmers et al. 2023, QLoRA).
+    stored in `frozen_dtype`, or NF4 with double quantization (Dettmers et al. 2023, QLoRA).
     """
-    dtype = torch.float32 if trains_all else getattr(torch, model.dtype)
+    dtype = torch.float32 if trains_all else frozen_dtype(model.dtype)
     if model.name == SCRATCH:
         if model.shape is None:
             raise ValueError("model.shape: a model from scratch needs one; name a file of launch/shapes")
@@ -123,7 +123,7 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+            bnb_4bit_compute_dtype=dtype,
         )
     device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
     try:
@@ -137,6 +137,21 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
         raise ValueError(_unreachable("model.name", model.name, error)) from None
     keep_one_arithmetic(loaded)
     return for_training(loaded)
+
+
+def frozen_dtype(dtype: str) -> torch.dtype:
+    """What weights that do not train are kept and multiplied in here, for a recipe's `model.dtype`.
+
+    A processor without units for bf16 emulates it, some 70 times slower than fp32, which holds every bf16 value.
+    """
+    return getattr(torch, dtype) if has_bf16_units() else torch.float32
+
+
+def has_bf16_units() -> bool:
+    """Whether bf16 products run in hardware, on a card or this processor."""
+    return torch.cuda.is_available() or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def for_training(model: PreTrainedModel) -> PreTrainedModel:

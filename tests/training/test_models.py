@@ -14,7 +14,7 @@ from shipyard.training.batches import collate
 from shipyard.training.dataset import Sample
 from shipyard.training.float8 import product, require_hopper, use_float8
 from shipyard.training.loop import train
-from shipyard.training.models import blocks, load_model, prepare, shape_config
+from shipyard.training.models import blocks, has_bf16_units, load_model, prepare, shape_config
 from shipyard.training.recipe import Model, load_recipe
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -227,3 +227,15 @@ def test_float8_is_refused_without_hopper(shape) -> None:
     model = load_model(scratch(shape("llama")), trains_all=True)
     with pytest.raises(ValueError, match="H100"):
         prepare(model, scratch(shape("llama"), float8=True), CPU)
+
+
+def test_frozen_weights_are_kept_as_this_processor_multiplies_them(tiny_model, tmp_path):
+    stored = load_model(Model(name=str(tiny_model)), trains_all=True).bfloat16()
+    stored.save_pretrained(tmp_path / "half")
+    frozen = load_model(Model(name=str(tmp_path / "half")), trains_all=False)
+    assert frozen.dtype == (torch.bfloat16 if has_bf16_units() else torch.float32)
+    assert all(torch.equal(ours.bfloat16(), theirs) for ours, theirs in zip(frozen.parameters(), stored.parameters()))
+
+
+def test_float32_stays_float32(tiny_model):
+    assert load_model(Model(name=str(tiny_model), dtype="float32"), trains_all=False).dtype == torch.float32
