@@ -234,7 +234,10 @@ def test_frozen_weights_are_kept_as_this_processor_multiplies_them(tiny_model, t
     stored.save_pretrained(tmp_path / "half")
     frozen = load_model(Model(name=str(tmp_path / "half")), trains_all=False)
     assert frozen.dtype == (torch.bfloat16 if has_bf16_units() else torch.float32)
-    assert all(torch.equal(ours.bfloat16(), theirs) for ours, theirs in zip(frozen.parameters(), stored.parameters()))
+    assert all(
+        torch.equal(ours.bfloat16(), theirs)
+        for ours, theirs in zip(frozen.parameters(), stored.parameters(), strict=True)
+    )
 
 
 def test_float32_stays_float32(tiny_model):
