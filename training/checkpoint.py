@@ -12,6 +12,7 @@ and the first rank, which waits for every note, commits. So a checkpoint can be 
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -34,6 +35,7 @@ from .shard import INDEX, StoredFragments, key_of, write_shard
 STEP_DIRECTORY = re.compile(r"step-(\d{6,})")
 METHOD = "method.safetensors"
 POLL_S = 0.01
+RESERVED_BYTES = 4096
 APPEAR_S = 60.0
 
 
@@ -117,6 +119,7 @@ class Saver:
         scratch = self.run_dir / f".{path.name}.{self._attempt}.tmp"
         try:
             scratch.mkdir(parents=True, exist_ok=True)
+            _reserve(scratch, self.ranks.rank)
             note.entry = write_shard(scratch / note.file, tensors)
             _leave(scratch, self.ranks.rank, vars(note))
             if self.ranks.first:
@@ -125,7 +128,7 @@ class Saver:
         except Exception as error:
             full = f"disk: no space left while writing {path}; free some, or set another run_dir"
             self._failure = full if disk_is_full(error) else str(error) or type(error).__name__
-            with contextlib.suppress(OSError):  # not even that: the first rank gives up after its time limit
+            with contextlib.suppress(OSError):  # the first rank took the directory away: it failed, too
                 _leave(scratch, self.ranks.rank, {"failure": self._failure})
             if self.ranks.first:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -154,9 +157,26 @@ class Saver:
                 shutil.rmtree(old)
 
 
+def _reserve(scratch: Path, rank: int) -> None:
+    """Take the space in which a rank says that the disk is full, while there is some; without it the first rank, which
+    waits for that note, would wait for all of its time limit. A rank that cannot even do this leaves an empty note."""
+    draft = scratch / f"{rank}.draft"
+    try:
+        with draft.open("wb") as file:
+            file.write(b" " * RESERVED_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.rename(scratch / f"{rank}.note")
+        raise
+
+
 def _leave(scratch: Path, rank: int, said: Mapping[str, Any]) -> None:
     draft = scratch / f"{rank}.draft"
-    draft.write_text(json.dumps(said), encoding="utf-8")
+    with draft.open("r+b") as file:  # over what was reserved, so that a short note needs no room
+        file.write(json.dumps(said).encode().ljust(RESERVED_BYTES))
+        file.truncate()
     draft.rename(scratch / f"{rank}.note")
 
 
@@ -169,7 +189,10 @@ def _await_note(scratch: Path, rank: int, timeout_s: float) -> dict[str, Any]:
                 "run_dir must be on a file system that all ranks share"
             )
         time.sleep(POLL_S)
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:  # what it had to say did not fit on the disk
+        return {"failure": f"no space left while writing {scratch}"}
 
 
 def newest(run_dir: Path) -> tuple[Manifest | None, list[str]]:

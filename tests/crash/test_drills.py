@@ -1,8 +1,12 @@
 """The crash drills, in their short version: twenty random kills, a full disk, damage. `-m slow` has two hundred."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 from shipyard.evals.crash import Ground, damage, full_disk, kill_anywhere, prepare, sigterm
 from shipyard.evals.crash_page import page
+from shipyard.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,26 @@ def test_a_full_disk_stops_two_ranks_in_one_line_and_loses_nothing(ground: Groun
     if drill is None:
         pytest.skip("mounting a small tmpfs needs root")
     assert drill.passed, drill
+
+
+@pytest.mark.parametrize("full_before", [False, True])
+def test_a_rank_can_say_that_the_disk_is_full_on_a_full_disk(full_before: bool, tmp_path: Path) -> None:
+    """Without its note the first rank waits for parallel.timeout_s: half an hour."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "shipyard", str(tmp_path)]).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        if not full_before:
+            checkpoint._reserve(tmp_path, rank=1)
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "data").write_bytes(bytes(1 << 17))
+        if full_before:
+            with pytest.raises(OSError, match="No space left"):
+                checkpoint._reserve(tmp_path, rank=1)
+        else:
+            checkpoint._leave(tmp_path, 1, {"failure": "no space left"})
+        assert "no space left" in checkpoint._await_note(tmp_path, 1, timeout_s=0)["failure"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 @pytest.mark.parametrize("torn", [False, True])
