@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,15 @@ from .swiglu import swiglu
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "gpt2")
 TORCH_ATTENTION, TRITON_ATTENTION = "shipyard_torch", "shipyard_triton"
+
+
+class SharedRows(Protocol):
+    """Part of every row's tokens, other ranks holding the rest (context parallel)."""
+
+    def attend(
+        self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTE: torch.Tensor, scale: float | None, dropout: float,
+        window: int | None,
+    ) -> torch.Tensor: ...  # fmt: skip
 
 
 @dataclass
@@ -176,16 +185,19 @@ def document_ends(position_ids_BT: torch.Tensor) -> list[list[int]]:
     return ends
 
 
-def sdpa_document(q_1HTD, k_1GTD, v_1GTE, scale, dropout, window, causal: bool) -> torch.Tensor:
-    """SDPA over whole documents of equal length, (B,H,T,D) x (B,G,T,D) x (B,G,T,E) -> (B,H,T,E)."""
-    length, mask = q_1HTD.shape[2], None
+def sdpa_document(q_1HTD, k_1GTD, v_1GTE, scale, dropout, window, causal: bool, later=None) -> torch.Tensor:
+    """SDPA over documents of equal length, (B,H,T,D) x (B,G,S,D) x (B,G,S,E) -> (B,H,T,E).
+
+    Queries are the last T of S tokens; where these are not all, `later` says what of them they see, without a window.
+    """
+    queries, length, mask = q_1HTD.shape[2], k_1GTD.shape[2], later
     if causal and window is not None and length > window:
         index = torch.arange(length, device=q_1HTD.device)
-        back = index[:, None] - index[None, :]
+        back = index[length - queries :, None] - index[None, :]
         mask = (back >= 0) & (back < window)
     gqa = k_1GTD.shape[1] != q_1HTD.shape[1]
     return F.scaled_dot_product_attention(
-        q_1HTD, k_1GTD, v_1GTE, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and length > 1,
+        q_1HTD, k_1GTD, v_1GTE, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and queries > 1,
         scale=scale, enable_gqa=gqa,
     )  # fmt: skip
 
@@ -202,12 +214,16 @@ def attention_per_document(
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     position_ids: torch.Tensor | None = None,
+    shared_rows: SharedRows | None = None,
     **kwargs,  # transformers hands every attention function its own extras
 ) -> tuple[torch.Tensor, None]:
     """The AttentionInterface function: (B,H,T,D), (B,G,S,D), (B,G,S,E) -> ((B,T,H,E), None).
 
-    With a padding mask, or a cache that already holds tokens, transformers' SDPA does the work.
+    With a padding mask, or a cache that already holds tokens, transformers' SDPA does the work; where ranks share rows,
+    `shared_rows` does.
     """
+    if shared_rows is not None:
+        return shared_rows.attend(query, key, value, scaling, dropout, sliding_window), None
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from .batches import Item, share
+from .context_parallel import neighbours, sharing
+from .mesh import device_mesh
 from .optim import moment_names, set_learning_rate
 from .ranks import Ranks
 from .recipe import Recipe
@@ -39,8 +42,14 @@ class Fragment:
 class Engine:
     """One process or DDP: torch's optimizer, gradients averaged over ranks by DDP's all-reduce."""
 
+    alike = 1
+    """Neighbouring ranks that get the same micro-batches, to share their rows or layers."""
+
     def __init__(self, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         self.ranks = ranks
+        self.alike = recipe.parallel.tensor * recipe.parallel.context
+        self.mesh = self._mesh(recipe)
+        self.neighbours = neighbours(self.mesh, model) if self.mesh and recipe.parallel.context > 1 else None
         self.module = model.to(ranks.device)
         self.model = self._distribute()
         self.optimizer = optimizer
@@ -49,6 +58,10 @@ class Engine:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.updates = 0
         """Optimizer steps taken, which Adam's bias correction counts: steps that were skipped are not among them."""
+
+    def _mesh(self, recipe: Recipe) -> DeviceMesh | None:
+        """The ranks in dimensions, for those who ask."""
+        return device_mesh(self.ranks, recipe.parallel) if recipe.parallel.context > 1 else None
 
     def _distribute(self) -> nn.Module:
         """What the methods call in place of `module`."""
@@ -59,11 +72,15 @@ class Engine:
 
     def share(self, items: Sequence[Item], size: int, micro: int) -> list[Sequence[Item]]:
         """This rank's micro-batches of a global batch, at least one, some maybe without items."""
-        return share(items, size, micro, self.ranks.world_size, self.ranks.rank)
+        return share(items, size, micro, self.ranks.world_size // self.alike, self.ranks.rank // self.alike)
 
     def total(self, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Logged numbers of this rank's micro-batches, added up over these and over ranks. Collective."""
-        return self.ranks.sum({key: sum(part[key] for part in parts) for key in parts[0]})
+        """Logged numbers of this rank's micro-batches, added up over these and over ranks. Collective.
+
+        Ranks that share rows or layers all have the whole numbers of the same micro-batches.
+        """
+        total = self.ranks.sum({key: sum(part[key] for part in parts) for key in parts[0]})
+        return {key: value / self.alike for key, value in total.items()}
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of one micro-batch, whose loss is already divided by the global denominator."""
@@ -72,7 +89,7 @@ class Engine:
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """The scope of one micro-batch's forward and backward: ranks talk to each other in the last one of a step."""
-        with contextlib.ExitStack() as scope:
+        with sharing(self.neighbours), contextlib.ExitStack() as scope:
             if isinstance(self.model, nn.parallel.DistributedDataParallel) and not last:
                 scope.enter_context(self.model.no_sync())
             if self.autocast:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -21,7 +21,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from .context_parallel import sharing
 from .engine import Engine, Fragment, Read, moments
+from .mesh import device_mesh
 from .models import blocks
 from .ranks import Ranks
 from .recipe import Recipe
@@ -42,7 +44,7 @@ class ShardedEngine(Engine):
             group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
 
     def _distribute(self) -> nn.Module:
-        mesh = self._mesh()
+        mesh = self._cut_layers(cast(DeviceMesh, self.mesh))
         policy = MixedPrecisionPolicy()
         if self.mixed:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -54,9 +56,12 @@ class ShardedEngine(Engine):
             module.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
         return self.module
 
-    def _mesh(self) -> DeviceMesh:
-        """The ranks over which rows are cut."""
-        return init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
+    def _mesh(self, recipe: Recipe) -> DeviceMesh:
+        return device_mesh(self.ranks, recipe.parallel)
+
+    def _cut_layers(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The ranks over which rows of weights are cut; ranks that share tokens share weights too."""
+        return mesh["dp_shard_cp"]
 
     def _sharded_modules(self) -> list[FSDPModule]:
         return [module for module in self.module.modules() if isinstance(module, FSDPModule)]
@@ -69,7 +74,8 @@ class ShardedEngine(Engine):
         root = cast(FSDPModule, self.module)
         root.set_requires_gradient_sync(last)
         root.set_is_last_backward(last)
-        yield
+        with sharing(self.neighbours):
+            yield
 
     def clip(self) -> float:
         """Scale this rank's rows by the norm over all ranks' rows; fp64 sums. Collective."""

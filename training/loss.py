@@ -8,13 +8,14 @@ Shape legend: B rows, T tokens, K kept columns, N targets, V vocabulary, R docum
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import MicroBatch
+from .context_parallel import part_of
 from .experts import counting
 
 CHUNK_LOGITS = 1 << 22
@@ -30,11 +31,25 @@ def target_terms(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) 
     """Log-probability of every supervised target and log Z of its softmax, fp32, (N,) both, gradients on.
 
     The head runs on the kept columns only. `use_cache=False` and no attention mask: with either, transformers lets
-    packed documents see each other.
+    packed documents see each other. Ranks that share rows compute their parts of them, and get all terms.
     """
+    part = part_of(batch)
+    if part is None:
+        return _terms_here(model, batch, temperature, {})
+    logp_M, log_z_M = _terms_here(model, part.batch, temperature, {"shared_rows": part})
+    return part.whole(logp_M), part.whole(log_z_M)
+
+
+def _terms_here(
+    model: nn.Module, batch: MicroBatch, temperature: float, attention: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     with counting(batch.real_BT):
         logits_BKV = model(
-            input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False, logits_to_keep=batch.keep_K
+            input_ids=batch.ids_BT,
+            position_ids=batch.positions_BT,
+            use_cache=False,
+            logits_to_keep=batch.keep_K,
+            **attention,
         ).logits
     logits_NV = logits_BKV.reshape(-1, logits_BKV.shape[-1])
     if len(batch.select_N) != len(logits_NV):

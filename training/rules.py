@@ -155,9 +155,14 @@ def _parallel(recipe: "Recipe") -> Iterator[Rule]:
         "tensor: 1",
     )
     yield (
-        recipe.parallel.context > 1,
-        "parallel.context: torch's ring attention has no CPU kernel and takes no mask, so packed documents would see "
-        "each other; set context: 1, and cut memory with activation checkpointing or parallel.tensor",
+        recipe.parallel.context > 1
+        and (recipe.parallel.engine.startswith("zero") or recipe.deterministic == "elastic"),
+        "parallel.context: ranks share rows under ddp and fsdp2 alone; use parallel.engine: fsdp2 with deterministic: "
+        "off, or context: 1",
+    )
+    yield (
+        recipe.parallel.context > 1 and recipe.model.kernels == "triton",
+        "parallel.context: the Triton kernels take whole rows; set model.kernels: auto, or context: 1",
     )
     yield (
         recipe.method == "grpo" and recipe.parallel.engine in ("zero3", "fsdp2"),

@@ -7,17 +7,16 @@ parallel neighbours inside. Ranks of a row compute the same micro-batches, so da
 elsewhere.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from .batches import Item, share
 from .engine import Fragment, Read, moments
 from .fsdp2 import ShardedEngine
 from .ranks import Ranks
@@ -39,19 +38,10 @@ class TensorEngine(ShardedEngine):
                 group["params"] = cut
                 optimizer.add_param_group({**group, "params": whole})
 
-    def _mesh(self) -> DeviceMesh:
-        shape = (self.ranks.world_size // self.row, self.row)
-        mesh = init_device_mesh(self.ranks.device.type, shape, mesh_dim_names=("dp_shard", "tp"))
-        self.neighbours = mesh["tp"].get_group()
+    def _cut_layers(self, mesh: DeviceMesh) -> DeviceMesh:
+        self.sharers = mesh["tp"].get_group()
         parallelize_module(self.module, mesh["tp"], plan(self.module))
-        return mesh["dp_shard"]
-
-    def share(self, items: Sequence[Item], size: int, micro: int) -> list[Sequence[Item]]:
-        return share(items, size, micro, self.ranks.world_size // self.row, self.group)
-
-    def total(self, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Every number is there once for each rank of a row."""
-        return {key: value / self.row for key, value in super().total(parts).items()}
+        return mesh["dp_shard_cp"]
 
     def _squares(self) -> float:
         """What is not cut lies on every rank of a row; the first one counts it."""
@@ -115,7 +105,7 @@ class TensorEngine(ShardedEngine):
         if self._cut(parameter) != 1:
             return local
         pieces = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(self.row)]
-        dist.all_gather(pieces, local.contiguous(), group=self.neighbours)
+        dist.all_gather(pieces, local.contiguous(), group=self.sharers)
         return torch.cat(pieces, dim=1)
 
 

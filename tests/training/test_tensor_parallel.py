@@ -67,7 +67,6 @@ def forget_after(run: Path, step: int) -> None:
         ({"parallel": {"engine": "zero2", "tensor": 2}}, ["parallel.tensor", "zero2", "fsdp2"]),
         ({"parallel": {"engine": "fsdp2", "tensor": 2}, "lora": {"rank": 4}}, ["parallel.tensor", "lora.rank: 0"]),
         ({"parallel": {"engine": "fsdp2", "tensor": 2, "offload": "cpu"}}, ["parallel.tensor", "offload"]),
-        ({"parallel": {"context": 2}}, ["parallel.context", "context: 1"]),
     ],
 )
 def test_what_does_not_hold_is_refused_in_a_line(sections: dict, words: list[str]) -> None:
