@@ -17,9 +17,10 @@ COST_STEPS = 8
 METHODS = ("sft", "dpo", "grpo", "pretrain")
 ENGINES = (
     "ddp", "fsdp2", "zero1", "zero2", "zero3", "fsdp2+offload", "zero2+offload", "zero3+offload", "fsdp2+tensor",
-    "elastic",
+    "fsdp2+context", "elastic",
 )  # fmt: skip
-"""+offload: to the host; +tensor: two ranks share each layer; elastic: `deterministic: elastic`, the rest off."""
+"""+offload: to the host; +tensor and +context: two ranks share each layer, each row; elastic: `deterministic: elastic`,
+the rest off."""
 WORLDS = (1, 2, 4)
 MICROS = (8, 3, 1)
 """Samples of a forward pass; a global batch has 8 (6 pairs, 16 rollouts): no accumulation, a ragged one, the most."""
@@ -69,8 +70,13 @@ def engines_by_ranks(worlds: Sequence[int] = WORLDS) -> list[Cell]:
     return [
         Cell("sft", engine, world, 3, True, "none", False)
         for engine, world in itertools.product(ENGINES, worlds)
-        if engine != "fsdp2+tensor" or world > 1
+        if not is_shared(engine) or world > 1
     ]
+
+
+def is_shared(engine: str) -> bool:
+    """Whether two ranks share layers or rows, so that one alone cannot."""
+    return engine.endswith(("+tensor", "+context"))
 
 
 def half_precision() -> list[Cell]:
@@ -79,9 +85,10 @@ def half_precision() -> list[Cell]:
 
 
 def is_short(cell: Cell) -> bool:
-    """On two ranks, as written, with the extremes of what is left; offloading for the first method only."""
+    """On two ranks, as written, with the extremes of what is left; offloading and shared rows for the first
+    method only."""
     extremes = cell.world == 2 and not cell.compiled and cell.micro != 1 and cell.checkpointing != "selective"
-    return extremes and (cell.method == METHODS[0] or not cell.engine.endswith("+offload"))
+    return extremes and (cell.method == METHODS[0] or not cell.engine.endswith(("+offload", "+context")))
 
 
 def pairwise(cells: Iterable[Cell], chosen: Sequence[Cell] = ()) -> list[Cell]:
@@ -129,6 +136,7 @@ def recipe_tree(cell: Cell, inputs: Path, run_dir: Path) -> dict[str, Any]:
             "engine": "ddp" if elastic else engine,
             "offload": "cpu" if extra == "offload" else "none",
             "tensor": 2 if extra == "tensor" else 1,
+            "context": 2 if extra == "context" else 1,
             "timeout_s": 600,
         },
         **_method(cell, inputs),
@@ -165,8 +173,11 @@ def pretraining_data(inputs: Path) -> dict[str, Any]:
 
 def refusal(cell: Cell, inputs: Path) -> str | None:
     """The recipe rule that refuses a cell, in its own words; None if none does."""
-    if cell.engine == "fsdp2+tensor" and cell.world == 1:
-        return "parallel.tensor: two ranks share a layer, and one is none of their multiples; use two or four"
+    if is_shared(cell.engine) and cell.world == 1:
+        shared = (
+            "tensor: two ranks share a layer" if cell.engine.endswith("+tensor") else "context: two ranks share a row"
+        )
+        return f"parallel.{shared}, and one is none of their multiples; use two or four"
     try:
         parse_recipe(recipe_tree(cell, inputs, Path("run")))
     except ValueError as error:

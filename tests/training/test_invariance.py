@@ -117,6 +117,7 @@ def test_the_short_lattice_holds(short: Path, capsys: pytest.CaptureFixture[str]
     assert [group["worlds"] for group in certificate["elastic"]["hashes"]] == [[1, 2]] * 4
     assert all("; " in entry["reason"] or "use" in entry["reason"] for entry in certificate["refused"])
     assert "| fsdp2+tensor |" in (short / "invariance.md").read_text()
+    assert "| fsdp2+context |" in (short / "invariance.md").read_text()
     assert run_command(["verify", str(short)]) == 0
     assert "invariance lattice, short" in capsys.readouterr().out
 
