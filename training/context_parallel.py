@@ -86,18 +86,14 @@ def sharing(who: Neighbours | None) -> Iterator[None]:
         _NEIGHBOURS.reset(token)
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one rank computes of a micro-batch: a micro-batch of its own, some of the targets, and its attention."""
+class SharedAttention:
+    """What attention needs to know of the rows that ranks share; `rows` has one entry if all are alike.
 
-    batch: MicroBatch
-    who: Neighbours
-    mine_M: Tensor
-    """Which of the whole micro-batch's targets are here."""
-    targets: int
-    """How many the whole has."""
-    rows: list[Row]
-    """One entry if all rows are alike."""
+    No dataclass: FSDP2 looks for tensors to cast in those among a model's arguments, and takes a mask for one.
+    """
+
+    def __init__(self, who: Neighbours, rows: list[Row]) -> None:
+        self.who, self.rows = who, rows
 
     def attend(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, scale: float | None, dropout: float, window: int | None
@@ -120,6 +116,19 @@ class Part:
                 pieces.append(sdpa_document(q, k, v, scale, dropout, window, True, stretch.mask).transpose(1, 2))
             done.append(torch.cat(pieces, dim=1))
         return torch.cat(done).contiguous()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank computes of a micro-batch: a micro-batch of its own, some of the targets, and its attention."""
+
+    batch: MicroBatch
+    who: Neighbours
+    mine_M: Tensor
+    """Which of the whole micro-batch's targets are here."""
+    targets: int
+    """How many the whole has."""
+    attention: SharedAttention
 
     def whole(self, here_M: Tensor) -> Tensor:
         """A number of every target of the whole micro-batch on every rank, gradients for those here. Collective."""
@@ -162,7 +171,7 @@ def part_of(whole: MicroBatch) -> Part | None:
     ends = document_ends(positions_BS)
     alike = all(row == ends[0] for row in ends)
     rows = [_row(row, places, chunk) for row in (ends[:1] if alike else ends)]
-    return Part(batch, who, mine_M, len(whole.select_N), rows)
+    return Part(batch, who, mine_M, len(whole.select_N), SharedAttention(who, rows))
 
 
 def _row(ends: list[int], places: tuple[int, int], chunk: int) -> Row:

@@ -36,7 +36,7 @@ def target_terms(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) 
     part = part_of(batch)
     if part is None:
         return _terms_here(model, batch, temperature, {})
-    logp_M, log_z_M = _terms_here(model, part.batch, temperature, {"shared_rows": part})
+    logp_M, log_z_M = _terms_here(model, part.batch, temperature, {"shared_rows": part.attention})
     return part.whole(logp_M), part.whole(log_z_M)
 
 

@@ -142,7 +142,8 @@ def test_a_document_that_crosses_cuts_keeps_its_keys() -> None:
     whole = collate([sample(0, 7), sample(100, 21)], packing=True)
     outer, inner = parts(whole, 2)
     seen = [
-        [(stretch.document, stretch.queries, stretch.keys) for stretch in p.rows[0].stretches] for p in (outer, inner)
+        [(stretch.document, stretch.queries, stretch.keys) for stretch in p.attention.rows[0].stretches]
+        for p in (outer, inner)
     ]
     assert seen == [[(0, 7, 7), (1, 7, 21)], [(1, 7, 7), (1, 7, 14)]]
 
