@@ -141,7 +141,7 @@ def _measure_layers(what: Pass, layers: int) -> _Measured:
         last_block(model).register_forward_hook(
             lambda *call: _first(call[2]).register_hook(tracker.leave_head) and None
         )
-        with tracker, costs, _autocast(what), _whole_rows(what):
+        with tracker, costs, _autocast(what), _whole_rows(what), _two_chunks(costs):
             loss = loss_of(model, what)
             retained = tracker.held()
             loss.backward()
@@ -299,6 +299,28 @@ def _whole_rows(what: Pass) -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = original
+
+
+@contextlib.contextmanager
+def _two_chunks(costs: OpCosts) -> Iterator[None]:
+    """Run two chunks of the loss and count the second as often as there are more: hundreds of equal ones would take
+    most of a measurement's time."""
+    from ..training import loss
+
+    every = loss._chunks
+
+    def few(logits_NV: Tensor, targets_N: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        first, *rest = every(logits_NV, targets_N)
+        yield first
+        costs.times = len(rest)
+        yield from rest[:1]
+        costs.times = 1
+
+    loss._chunks = few
+    try:
+        yield
+    finally:
+        loss._chunks = every
 
 
 def _weight_copies(model: nn.Module) -> int:

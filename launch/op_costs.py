@@ -50,6 +50,8 @@ class OpCosts(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[Op] = []
+        self.times = 1
+        """How often each pointwise operation counts that runs now."""
         self._run = _Run()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,12 +83,12 @@ class OpCosts(TorchDispatchMode):
 
     def _add(self, name: str, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
         run = self._run
-        run.launches += 1
+        run.launches += self.times
         written = sum(map(_bytes, outputs))
         if name.startswith(ROWS):
-            run.eager_bytes += 2 * written
+            run.eager_bytes += self.times * 2 * written
         else:
-            run.eager_bytes += written + sum(map(_bytes, inputs))
+            run.eager_bytes += self.times * (written + sum(map(_bytes, inputs)))
             for tensor in inputs:
                 key = id(tensor.untyped_storage())
                 if key not in run.made or run.made[key][0]() is None:

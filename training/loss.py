@@ -78,16 +78,15 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_NV: Tensor, targets_N: Tensor, temperature: float, spent: bool) -> tuple[Tensor, Tensor]:
-        logp, log_z = [logits_NV.new_zeros(0, dtype=torch.float32)], [logits_NV.new_zeros(0, dtype=torch.float32)]
-        for logits_CV, targets_C in _chunks(logits_NV, targets_N):
+        logp_N, log_z_N = (logits_NV.new_empty(len(targets_N), dtype=torch.float32) for _ in range(2))
+        for part, logits_CV, targets_C in _chunks(logits_NV, targets_N):
             scaled_CV = _scaled(logits_CV, temperature)
             at_C1 = targets_C[:, None]
-            logp.append(torch.log_softmax(scaled_CV, -1).gather(-1, at_C1)[:, 0])
-            log_z.append(scaled_CV.gather(-1, at_C1)[:, 0] - logp[-1])
-        log_z_N = torch.cat(log_z)
+            logp_N[part] = torch.log_softmax(scaled_CV, -1).gather(-1, at_C1)[:, 0]
+            log_z_N[part] = scaled_CV.gather(-1, at_C1)[:, 0] - logp_N[part]
         ctx.save_for_backward(logits_NV, targets_N, log_z_N)
         ctx.temperature, ctx.spent = temperature, spent
-        return torch.cat(logp), log_z_N
+        return logp_N, log_z_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -96,9 +95,7 @@ class _Terms(torch.autograd.Function):
         grad_NV = logits_NV if ctx.spent else torch.empty_like(logits_NV)
         # d logp / d logit = (one_hot - p) / temperature, d log Z / d logit = p / temperature
         hit_N, soft_N = dlogp_N / ctx.temperature, (dlog_z_N - dlogp_N) / ctx.temperature
-        start = 0
-        for logits_CV, targets_C in _chunks(logits_NV, targets_N):
-            part = slice(start, start := start + len(targets_C))
+        for part, logits_CV, targets_C in _chunks(logits_NV, targets_N):
             out_CV = _scaled(logits_CV, ctx.temperature) - log_z_N[part, None]
             out_CV.exp_().mul_(soft_N[part, None])
             out_CV.scatter_add_(1, targets_C[:, None], hit_N[part, None])
@@ -106,9 +103,11 @@ class _Terms(torch.autograd.Function):
         return grad_NV, None, None, None
 
 
-def _chunks(logits_NV: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(logits_NV: Tensor, targets_N: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Pieces and where they lie. The planner measures two and counts the rest like the second."""
     rows = max(1, CHUNK_LOGITS // logits_NV.shape[-1])
-    return zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+    parts = (slice(start, start + rows) for start in range(0, max(1, len(targets_N)), rows))
+    return zip(parts, logits_NV.split(rows), targets_N.split(rows), strict=True)
 
 
 def _scaled(logits_CV: Tensor, temperature: float) -> Tensor:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -168,7 +167,8 @@ def for_training(model: PreTrainedModel) -> PreTrainedModel:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The layers of a transformer, which compute one after the other."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    wrapped: Any = model  # by PEFT, whose import takes seconds, which a plan of whole weights can spare
+    plain: nn.Module = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = set(getattr(plain, "_no_split_modules", None) or ())
     return [module for module in plain.modules() if type(module).__name__ in kinds]
 

@@ -1,11 +1,13 @@
 """The report says what happened, also when nothing did, and needs nothing but itself."""
 
 import json
+import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from shipyard.evals.charts import interval_chart, line_chart, nice_ticks
+from shipyard.evals.charts import HEIGHT, WIDTH, interval_chart, line_chart, nice_ticks
 from shipyard.evals.metrics import wilson
 from shipyard.evals.report import read_log, verdict, write_report
 from shipyard.evals.tasks import Result
@@ -117,10 +119,27 @@ def test_log_cut_short_by_a_crash(tmp_path: Path):
         read_log(log)
 
 
-def test_charts_draw_odd_data():
-    for points in ([], [(1, 5.0)], [(1, 0.0), (2, 0.0)], [(1, float("nan")), (2, 3.0)], [(1, -1e-9), (2, 1e9)]):
-        Page(line_chart("title & more", points))
-    Page(interval_chart("t", []))
+@pytest.mark.parametrize(
+    "points", [[], [(1, 5.0)], [(1, 0.0), (2, 0.0)], [(1, float("nan")), (2, 3.0)], [(1, -1e-9), (2, 1e9)]]
+)
+def test_charts_draw_odd_data(points: list[tuple[float, float]]):
+    """A dot inside the frame for every number that is one, and words where there is none."""
+    drawn = line_chart("title & more", points)
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    dots = [(float(x), float(y)) for x, y in re.findall(r"class=dot cx=(\S+) cy=(\S+) ", drawn)]
+    assert len(dots) == len(finite)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in dots)
+    assert ("no values logged" in drawn) == (not finite)
+    assert "title &amp; more" in drawn
+    assert "nan" not in drawn
+    Page(drawn)
+
+
+def test_intervals_of_nothing_are_an_empty_frame():
+    drawn = interval_chart("t", [])
+    assert "<circle" not in drawn
+    assert drawn.count("class=grid") == 5
+    Page(drawn)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.0012, 0.0013), (-3, 250), (7, 7), (0, 0), (-2e-9, 5e-9)])

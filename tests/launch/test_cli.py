@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,24 +13,28 @@ from shipyard.launch.cli import run_command
 
 ROOT = Path(__file__).parents[2]
 SFT = str(ROOT / "launch/recipes/smollm2-135m-sft.yaml")
-HEAVY = ("torch", "transformers", "numpy", "datasets", "pandas")
+LIGHT = {"annotated_doc", "attr", "click", "markdown_it", "mdurl", "pygments", "rich", "shellingham", "typer"}
+"""What `shipyard --help` is drawn with. The heavy rest is imported by the commands that need it."""
+INSTALLED = """
+import sys
+files = {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
+names = {name.partition(".")[0] for name, file in files.items() if "site-packages" in file}
+print("IMPORTED", *sorted(name for name in names if not name.startswith("_")))
+"""
 
 
-def _fastest(code: str, arguments: list[str], tries: int = 4) -> float:
-    times = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _imported(code: str) -> set[str]:
+    """The installed packages that a process has imported after some code."""
+    done = subprocess.run([sys.executable, "-c", code + INSTALLED], check=True, capture_output=True, text=True)
+    return set(done.stdout.rpartition("IMPORTED")[2].split())
 
 
-def test_import_and_help_are_quick() -> None:
-    report = f"import sys; assert not {HEAVY!r} & sys.modules.keys(), sys.modules.keys() & {HEAVY!r}"
-    report = report.replace(repr(HEAVY), repr(set(HEAVY)))
-    assert _fastest(f"import shipyard; {report}", []) < 0.3
-    helped = f"from shipyard.launch.cli import run_command\nassert run_command(['--help']) == 0\n{report}"
-    assert _fastest(helped, []) < 1.0
+def test_import_and_help_load_nothing_heavy() -> None:
+    """Packages, not seconds: a busy machine must not turn this red."""
+    assert _imported("import shipyard") == set()
+    helped = _imported("from shipyard.launch.cli import run_command\nassert run_command(['--help']) == 0")
+    assert "typer" in helped
+    assert helped <= LIGHT
 
 
 MISTAKES = [

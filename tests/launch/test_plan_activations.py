@@ -1,11 +1,13 @@
 """Activations: what the planner measures without computing against what a real model really saves."""
 
+import contextlib
 import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from shipyard.launch import footprint
 from shipyard.launch.footprint import (
     ActivationTracker,
     Checkpointing,
@@ -16,6 +18,7 @@ from shipyard.launch.footprint import (
     measure,
 )
 from shipyard.launch.op_costs import OpCosts
+from shipyard.training import loss
 from torch import Tensor, nn
 
 CONFIG = {
@@ -162,3 +165,16 @@ def test_adapters_train_little_and_cost_less() -> None:
     whole, adapters = measure(_pass("none")), measure(replace(_pass("none"), lora_rank=4))
     products = [sum(op.flops for op in one.block_ops if op.kind == "matmul") for one in (whole, adapters)]
     assert 2 / 3 < products[1] / products[0] < 1  # no gradients of frozen weights: four of six, and the adapters' own
+
+
+def test_two_chunks_of_the_loss_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes and operations as from running every one of 12 chunks."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 8 * CONFIG["vocab_size"])
+    monkeypatch.setattr(footprint, "_measure_layers", footprint._measure_layers.__wrapped__)
+    few = measure(_pass("none"))
+    monkeypatch.setattr(footprint, "_two_chunks", lambda costs: contextlib.nullcontext())
+    every = measure(_pass("none"))
+    assert replace(few, rest_ops=()) == replace(every, rest_ops=())
+    assert [op.launches for op in few.rest_ops] == [op.launches for op in every.rest_ops]
+    eager = [sum(op.eager_bytes for op in found.rest_ops) for found in (few, every)]
+    assert eager[0] == pytest.approx(eager[1], rel=0.01)
