@@ -8,10 +8,12 @@ by five Newton-Schulz steps. The size of the update follows Liu et al. 2025 (Moo
 Shape legend: M rows, N columns of a matrix.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -25,8 +27,10 @@ class Muon(torch.optim.AdamW):
     """Groups that say `muon: True` hold matrices; the others are AdamW's.
 
     Every rank computes the update of every matrix that it holds. Where an engine has cut matrices into `DTensor`s, the
-    update is gathered, made orthogonal whole, and cut again, so the result is that of one rank. Gradients must be
-    whole sums on every rank; `precision` is the dtype in which Newton-Schulz runs.
+    update is gathered, made orthogonal whole, and cut again, so the result is that of one rank. ZeRO lays a group's
+    matrices end to end and gives each rank an equal piece of the whole: such a group has `places`, the start and shape
+    of each matrix in it, and pieces of updates are gathered likewise. Gradients must be whole sums on every rank;
+    `precision` is the dtype in which Newton-Schulz runs.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], precision: torch.dtype, **adamw: Any) -> None:
@@ -45,21 +49,39 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group["muon"]:
-                for matrix in group["params"]:
-                    if matrix.grad is not None:
-                        self._update(matrix, group["lr"], group["weight_decay"])
+                for held in group["params"]:
+                    if held.grad is not None:
+                        self._update(held, group)
 
-    def _update(self, matrix: Tensor, lr: float, weight_decay: float) -> None:
-        state = self.state[matrix]
+    def _update(self, held: Tensor, group: dict[str, Any]) -> None:
+        """Update a matrix, or this rank's piece of many. Collective in the latter case."""
+        state, lr = self.state[held], group["lr"]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
-        momentum, gradient = state["momentum_buffer"], matrix.grad
+            state["momentum_buffer"] = torch.zeros_like(held)
+        momentum, gradient = state["momentum_buffer"], held.grad
         assert gradient is not None
         momentum.lerp_(gradient, 1 - MOMENTUM)
         ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov
-        matrix.mul_(1 - lr * weight_decay)
-        scale = UPDATE_RMS * max(matrix.shape[-2:]) ** 0.5
-        matrix.add_(orthogonal(ahead, self.precision), alpha=-lr * scale)
+        held.mul_(1 - lr * group["weight_decay"])
+        if "places" not in group:
+            held.add_(orthogonal(ahead, self.precision), alpha=-lr * update_scale(held.shape))
+            return
+        pieces = [torch.empty_like(ahead) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, ahead)
+        whole, first = torch.cat(pieces), dist.get_rank() * len(ahead)
+        for start, shape in group["places"]:
+            end = start + math.prod(shape)
+            low, high = max(start, first), min(end, first + len(ahead))
+            if low < high:  # two ranks compute a matrix that is cut
+                update = orthogonal(whole[start:end].view(shape), self.precision).flatten()
+                held[low - first : high - first].add_(
+                    update[low - start : high - start], alpha=-lr * update_scale(shape)
+                )
+
+
+def update_scale(shape: Sequence[int]) -> float:
+    """What gives the update of a matrix the root mean square of AdamW's (Liu et al. 2025, equation 4)."""
+    return UPDATE_RMS * max(shape[-2:]) ** 0.5
 
 
 def orthogonal(matrix: Tensor, precision: torch.dtype) -> Tensor:

@@ -91,9 +91,9 @@ def _model(recipe: "Recipe") -> Iterator[Rule]:
         "model.quantize: nf4 weights are frozen, so there is nothing to train; set lora.rank (16, say)",
     )
     yield (
-        recipe.optim.name == "muon" and recipe.parallel.engine.startswith("zero"),
-        f"optim.name: muon needs whole matrices, and {recipe.parallel.engine} gives it flat pieces of them; use "
-        "parallel.engine ddp or fsdp2, or optim.name: adamw",
+        recipe.optim.name == "muon" and recipe.parallel.engine == "zero3",
+        "optim.name: muon needs whole matrices, and zero3 scatters each one over the ranks; use parallel.engine zero1, "
+        "zero2, ddp or fsdp2, or optim.name: adamw",
     )
     yield (
         recipe.optim.name == "muon" and recipe.parallel.offload == "cpu",

@@ -31,6 +31,15 @@ class ZeroEngine(Engine):
         self.model: nn.Module = engine
         self.module = model
         self.updates = 0
+        for number, group in enumerate(self._inner().param_groups):
+            if group.get("muon"):
+                group["places"] = self._places(number)
+
+    def _places(self, group: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Where each matrix of a group begins in what DeepSpeed cuts into one equal piece a rank, and its shape."""
+        inner = self.deepspeed.optimizer
+        first = inner.bit16_groups_flat[group].storage_offset()
+        return [(p.storage_offset() - first, tuple(p.shape)) for p in inner.bit16_groups[group]]
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.deepspeed.set_gradient_accumulation_boundary(is_boundary=last)
@@ -114,7 +123,8 @@ class ZeroEngine(Engine):
                 self._set_part(parameter, part, tensor, torch.zeros_like(tensor) if stored is None else stored)
             self._set_weight(name, parameter, read)
         for state in self._inner().state.values():
-            state["step"] = torch.tensor(float(updates))
+            if "step" in state:
+                state["step"] = torch.tensor(float(updates))
 
     def _set_part(self, parameter: nn.Parameter, part: str, held: Tensor, stored: Tensor) -> None:
         if self.stage < 3:
@@ -172,16 +182,15 @@ class ZeroEngine(Engine):
         """
         inner = self._inner()
         if self.stage == 3:  # its groups are empty between steps
-            partitions = self.deepspeed.optimizer.fp32_partitioned_groups_flat
+            partitions = [(flat, False) for flat in self.deepspeed.optimizer.fp32_partitioned_groups_flat]
         else:
-            partitions = [flat for group in inner.param_groups for flat in group["params"]]
-        for flat in partitions:
+            partitions = [(flat, group.get("muon")) for group in inner.param_groups for flat in group["params"]]
+        for flat, muon in partitions:
             if not inner.state.get(flat):
-                inner.state[flat] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(flat),
-                    "exp_avg_sq": torch.zeros_like(flat),
-                }
+                parts = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq")
+                inner.state[flat] = {part: torch.zeros_like(flat) for part in parts}
+                if not muon:
+                    inner.state[flat]["step"] = torch.tensor(0.0)
         if self.stage < 3:
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()

@@ -119,7 +119,7 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ({"optim": {"name": "muon"}, "parallel": {"engine": "zero2"}}, ["optim.name", "zero2", "fsdp2"]),
+        ({"optim": {"name": "muon"}, "parallel": {"engine": "zero3"}}, ["optim.name", "zero3", "zero2"]),
         ({"optim": {"name": "muon"}, "lora": {"rank": 4}}, ["optim.name", "adapters", "adamw"]),
         ({"optim": {"z_loss": 0.1}, "method": "dpo"}, ["optim.z_loss", "dpo"]),
         ({"model": {"name": "m", "init": "mup"}, "lora": {"rank": 4}}, ["model.init", "adapters"]),
@@ -152,12 +152,18 @@ def one_rank(tmp_path_factory, tiny_model: Path, chat_rows: Path) -> tuple[Path,
 PARTS = ("value", "momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_muon_and_z_loss_on_two_ranks(engine: str, one_rank: tuple[Path, Path], shipyard, tmp_path: Path) -> None:
-    """Loss, both its terms, weights and momentum equal one rank's, whose micro-batches were others."""
+@pytest.mark.parametrize(
+    ("engine", "ranks"),
+    [("fsdp2", 2), ("zero2", 3), *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("ddp", "zero1"))],
+)
+def test_muon_and_z_loss_on_ranks(
+    engine: str, ranks: int, one_rank: tuple[Path, Path], shipyard, tmp_path: Path
+) -> None:
+    """Loss, both its terms, weights and momentum equal one rank's, whose micro-batches were others. Three ranks of
+    ZeRO cut through matrices."""
     recipe, one = one_rank
     two = tmp_path / "two"
-    shipyard("train", recipe, f"run_dir={two}", "batch.micro=2", f"parallel.engine={engine}", ranks=2)
+    shipyard("train", recipe, f"run_dir={two}", "batch.micro=2", f"parallel.engine={engine}", ranks=ranks)
     logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (one, two)]
     for step, other in zip(*logs, strict=True):
         for key in ("loss", "z_loss", "grad_norm"):
