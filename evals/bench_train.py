@@ -260,7 +260,8 @@ INTRODUCTION = """# Training speed beside other trainers
 Written by `shipyard bench train`; do not edit. Each contestant trains one pass over the same rows in a process of its
 own; the table has medians of the rounds, and the order turns around from round to round. Tokens are real ones: padding
 is not counted, nor is the first step of a run. Memory is the process's high-water mark at the end of its last step.
-Tokens per CPU second hardly depend on what else the machine does; tokens per second do.
+Tokens per CPU second hardly depend on what else the machine does; tokens per second do. Ours has the memory allocator
+that `shipyard train` sets up; every trainer has its own defaults.
 """
 
 

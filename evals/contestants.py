@@ -30,6 +30,9 @@ CONTESTANTS = {
 
 def run_shipyard(work: dict[str, Any], steps_file: Path) -> None:
     """The loop behind `shipyard train`. It is stopped as any run is, by SIGTERM, which ends it after the next step."""
+    from ..training.pages import keep_pages
+
+    keep_pages()
     from ..training.loop import train
     from ..training.recipe import load_recipe
 

@@ -48,6 +48,9 @@ def train(
 
         preview(resolved, as_json)
         return
+    from ..training.pages import keep_pages
+
+    keep_pages()
     from ..training.loop import train as run
 
     run_dir = run(resolved)
