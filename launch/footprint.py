@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ from .op_costs import Op, OpCosts
 
 Checkpointing = Literal["none", "selective", "alternate", "full"]
 """`alternate`: selective, but every second matrix product is recomputed too (torchtitan's selective mode, "op")."""
-Loss = Literal["ours", "whole", "fused"]
-"""`ours` recomputes fp32 logits by chunks; `whole` turns all of them to fp32, as a plain cross-entropy does; `fused`
-stands for a compiled one over eight pieces of the sequence, which never writes fp32 logits."""
+Loss = Literal["ours", "whole", "compiled", "fused"]
+"""`ours` recomputes fp32 logits by chunks; `whole` turns all of them to fp32, as a plain cross-entropy does; `compiled`
+is that one through a compiler, which never writes fp32 logits; `fused` the same over eight pieces of the sequence."""
 SIZES = ("flops", "eager_bytes", "fused_bytes", "operands")
 
 
@@ -141,7 +141,7 @@ def _measure_layers(what: Pass, layers: int) -> _Measured:
         last_block(model).register_forward_hook(
             lambda *call: _first(call[2]).register_hook(tracker.leave_head) and None
         )
-        with tracker, costs, _autocast(what), _whole_rows(what), _two_chunks(costs):
+        with _two_chunks(costs), tracker, costs, _autocast(what), _whole_rows(what):  # whose import is not measured
             loss = loss_of(model, what)
             retained = tracker.held()
             loss.backward()
@@ -250,6 +250,11 @@ def loss_of(model: nn.Module, what: Pass) -> Tensor:
         logits_NV = logits_BTV.flatten(0, 1).float()
         del logits_BTV
         return F.cross_entropy(logits_NV, targets_N)
+    if what.loss == "compiled":
+        logits_BTV = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+        logits_NV = logits_BTV.flatten(0, 1)
+        del logits_BTV
+        return cast(Tensor, _CompiledLoss.apply(logits_NV, targets_N))
     batch = MicroBatch(
         ids_BT=ids_BT,
         positions_BT=positions_BT,
@@ -263,6 +268,23 @@ def loss_of(model: nn.Module, what: Pass) -> Tensor:
         tokens=count,
     )
     return nll_sum(target_log_probs(model, batch), batch.weights_N)
+
+
+class _CompiledLoss(torch.autograd.Function):
+    """Cross-entropy as a compiler makes it: one reduction of the logits in their own dtype, which stay for the backward
+    pass, and there one kernel that writes their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        log_z_N1 = logits_NV.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits_NV, log_z_N1)
+        return (log_z_N1 - logits_NV.gather(-1, targets_N[:, None])).float().mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits_NV, log_z_N1 = ctx.saved_tensors
+        return (logits_NV - log_z_N1).exp_().mul_(gradient.to(logits_NV.dtype)), None
 
 
 def _fused_loss(model: Any, ids_BT: Tensor, positions_BT: Tensor, targets_N: Tensor) -> Tensor:

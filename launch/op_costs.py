@@ -62,9 +62,11 @@ class OpCosts(TorchDispatchMode):
         name = packet.__name__
         if "scaled_dot_product" in name:
             self._anchor(Op("attention", attention_flops(name, inputs), *_moved(inputs, outputs)))
+        elif name == "_grouped_mm":
+            self._anchor(Op("matmul", grouped_flops(*inputs[:2]), *_moved(inputs, outputs), _numbers(inputs[:2])))
         elif packet in flop_registry:
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-            self._anchor(Op("matmul", flops, *_moved(inputs, outputs), sum(tensor.numel() for tensor in inputs)))
+            self._anchor(Op("matmul", flops, *_moved(inputs, outputs), _numbers(inputs)))
         elif not name.startswith(FREE) and not _is_view(func, inputs, outputs):
             self._add(name, inputs, outputs)
         return out
@@ -106,6 +108,16 @@ def attention_flops(name: str, inputs: list[Tensor]) -> int:
     batch, heads, rows, width = query.shape
     pairs = batch * heads * rows * key.shape[-2]
     return 2 * pairs * (3 * width + 2 * value.shape[-1] if backward else width + value.shape[-1])
+
+
+def grouped_flops(left: Tensor, right: Tensor) -> int:
+    """Of experts' products, for which torch has no formula: every row meets one expert's matrix, (S, K) x (E, K, N);
+    backward, rows are summed over within each expert, (K, S) x (S, N)."""
+    return 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _moved(inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> tuple[int, int, int]:

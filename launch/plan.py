@@ -7,7 +7,7 @@ measured on the real model under FakeTensorMode (launch/footprint.py), time foll
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,22 @@ def make_plan(
     """Plan one workload. Raises ValueError, one line, for what the cards cannot do or the model does not allow."""
     if work.float8 and not cluster.card.float8_tflops:
         raise ValueError(f"model.float8: {cluster.card.name} has no float8 arithmetic; set model.float8=false")
-    heads = json.loads(work.config)["num_attention_heads"]
+    config = json.loads(work.config)
+    heads = config["num_attention_heads"]
+    if has_experts(config) and work.tensor > 1:
+        raise ValueError(
+            f"parallel.tensor: {config['model_type']}'s experts cannot be shared by ranks here; set tensor: 1"
+        )
     if heads % work.tensor:
         raise ValueError(f"parallel.tensor: {work.tensor} ranks cannot share {heads} attention heads evenly")
     footprint = footprint or measured(work)
     memory = memory_of(work, footprint, rollout_bytes)
     return Plan(work, cluster, memory, step_time(work, cluster, footprint), model_flops(work), steps, price)
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a model's blocks choose among experts."""
+    return bool(config.get("n_routed_experts"))
 
 
 def measured(work: Workload) -> Footprint:

@@ -6,13 +6,14 @@ never changes: what is learned stays the same.
 """
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ..training.recipe import Recipe, parse_recipe
 from .footprint import extrapolate
-from .plan import GIB, Plan, Refused, make_plan
+from .plan import GIB, Plan, Refused, has_experts, make_plan
 from .state import state_of
 from .workload import Workload
 
@@ -63,7 +64,7 @@ def _rank(plan: Plan) -> tuple[bool, float]:
 
 def _tensor_widths(asked: Plan) -> list[int]:
     widths = {asked.workload.tensor}
-    if supports_tensor():
+    if supports_tensor() and not has_experts(json.loads(asked.workload.config)):
         widths |= {width for width in (2, 4, 8) if width <= asked.cluster.per_machine}
     return sorted(widths)
 

@@ -98,5 +98,7 @@ def _count(router: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> N
     if real_BT is None or not torch.is_grad_enabled():
         return
     chosen_TK = output[-1]
-    counts_E = torch.bincount(chosen_TK[real_BT.reshape(-1)].reshape(-1), minlength=len(getattr(router, BIAS)))
+    real_TK = real_BT.reshape(-1, 1).expand_as(chosen_TK)
+    none_E = torch.zeros(len(getattr(router, BIAS)), dtype=torch.int64, device=chosen_TK.device)
+    counts_E = none_E.scatter_add(0, chosen_TK.reshape(-1), real_TK.reshape(-1).long())  # of shapes known beforehand
     router.tokens_of_experts = getattr(router, "tokens_of_experts", 0) + counts_E

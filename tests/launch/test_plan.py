@@ -10,7 +10,8 @@ from shipyard.evals.bench_planner import MEMORY_BAR, SPEED_BAR, predicted_memory
 from shipyard.launch.cards import parse_cluster, read_cards
 from shipyard.launch.cli import run_command
 from shipyard.launch.memory import read_shape
-from shipyard.launch.plan import make_plan
+from shipyard.launch.plan import make_plan, model_flops
+from shipyard.launch.state import parameters
 from shipyard.launch.step_time import step_time
 from shipyard.launch.workload import Workload
 
@@ -118,10 +119,34 @@ def test_tensor_parallel_cuts_memory_for_messages() -> None:
         make_plan(_work(tensor=3, ranks=6), replace(cluster, gpus=6))
 
 
-@pytest.mark.parametrize("number", [1, 6, 8, 12], ids=["8b-compiled", "70b", "405b", "megatron"])
+@pytest.mark.parametrize("number", [1, 6, 8, 11, 12], ids=["8b-compiled", "70b", "405b", "h200", "megatron"])
 def test_published_rows_are_within_the_bar(number: int) -> None:
     """One of each kind here, none of them fitted but the first; docs/planner.md has all of them, misses too."""
     row = read_rows()[number]
     assert abs(predicted_speed(row) / row.tokens_per_s - 1) < SPEED_BAR
     if row.memory_gib:
         assert abs(predicted_memory_gib(row) / row.memory_gib - 1) < MEMORY_BAR
+
+
+def test_experts_are_counted_whole_and_computed_in_part() -> None:
+    """DeepSeek-V3: 671.0 billion weights (its paper, section 4.2), of which a token multiplies with as many as it
+    chooses: twice the experts cost nothing but routing, twice the choices what these compute."""
+    config = read_shape("deepseek-v3")
+    whole = sum(parameter.numbers for parameter in parameters(json.dumps(config), 0, "all-linear"))
+    assert whole == 671_026_404_352
+    small = config | {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "vocab_size": 1024,
+    }
+    base, more, twice = (
+        model_flops(_work(config=json.dumps(small | change), tokens=64))
+        for change in ({}, {"n_routed_experts": 16}, {"num_experts_per_tok": 4})
+    )
+    layers, tokens, width = config["num_hidden_layers"], 8 * 64, config["hidden_size"]
+    assert more - base == 6 * tokens * layers * 8 * width
+    assert twice - base == 6 * tokens * layers * 2 * 3 * width * config["moe_intermediate_size"]
+    with pytest.raises(ValueError, match="experts cannot be shared by ranks"):
+        make_plan(_work(config=json.dumps(small), tensor=2), parse_cluster("8xH100-80GB"))

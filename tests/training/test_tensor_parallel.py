@@ -9,9 +9,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from shipyard.training.checkpoint import committed
+from shipyard.training.loop import train
 from shipyard.training.models import load_model
 from shipyard.training.ranks import Ranks
-from shipyard.training.recipe import parse_recipe
+from shipyard.training.recipe import load_recipe, parse_recipe
 from shipyard.training.shard import StoredFragments
 from shipyard.training.tensor_parallel import _refuse_what_cannot_be_cut
 
@@ -35,7 +36,7 @@ def test_checkpoints_pass_to_rows_of_ranks_and_back(tiny_model: Path, chat_rows:
     }
     recipe.write_text(yaml.safe_dump(tree(**sections)))
     straight, run = tmp_path / "straight", tmp_path / "run"
-    shipyard("train", recipe, f"run_dir={straight}")
+    train(load_recipe(recipe, [f"run_dir={straight}"]))
     shutil.copytree(straight, run)
     forget_after(run, 1)
     cut = ("parallel.engine=fsdp2", "parallel.tensor=2")
@@ -44,7 +45,7 @@ def test_checkpoints_pass_to_rows_of_ranks_and_back(tiny_model: Path, chat_rows:
     assert exported.keys() == wanted.keys()
     assert max(float((exported[name] - wanted[name]).abs().max()) for name in wanted) <= 1e-6
     forget_after(run, 2)
-    shipyard("train", recipe, f"run_dir={run}")
+    train(load_recipe(recipe, [f"run_dir={run}"]))
     for step in range(1, STEPS + 1):
         for part in ("value", "exp_avg", "exp_avg_sq"):
             ours, theirs = (StoredFragments(folder / f"step-{step:06d}").whole(part) for folder in (run, straight))
