@@ -62,9 +62,9 @@ class Ground:
         """Start the recipe in `run`; it goes on from what is there."""
         return start(self.recipe, [f"run_dir={run}", *overrides], ranks, self.folder / f"{run.name}.out")
 
-    def finish(self, run: Path, ranks: int = 1) -> str:
+    def finish(self, run: Path, ranks: int = 1, *overrides: str) -> str:
         """Let the run end undisturbed; return what it printed."""
-        job = self.go(run, ranks)
+        job = self.go(run, ranks, *overrides)
         codes = job.wait(LIMIT_S)
         assert set(codes) == {0}, f"{run} ended with {codes}: {job.said()[-2000:]}"
         return job.said()
@@ -129,9 +129,9 @@ def _write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def losses(run: Path) -> list[float]:
-    """What the run logged."""
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+def losses(run: Path) -> list[float | None]:
+    """What the run logged; None for steps that were left out."""
+    return [json.loads(line).get("loss") for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def logged(run: Path) -> int:

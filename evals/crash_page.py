@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -9,17 +10,23 @@ from pathlib import Path
 from typing import Literal
 
 from .crash import STEPS, Drill, Ground, damage, full_disk, kill_anywhere, prepare, sigterm
+from .crash_ranks import bad_number, not_started_again, silent, spike, started_again
 
 Cover = Literal["short", "standard", "full"]
 KILLS = {"short": 20, "standard": 60, "full": 200}
 OTHERS = {"short": 1, "standard": 5, "full": 20}
+LAUNCHES = {"short": 1, "standard": 2, "full": 4}
+"""Jobs under a launcher, and poisoned rows."""
+ROWS = (5, 9, 14, 18)
 SEED = 17
 HEAD = f"""# What was done to runs, and how they ended
 
 Written by `shipyard verify crash{{option}}`. Each line is real: processes that train a small Llama for {STEPS} steps, a
-checkpoint after each, on one rank or two by chance, `deterministic: elastic`; a signal from the kernel, a file system
-that is full, bytes changed on disk. A trial held when the run did what is promised and then ended with the weights,
-both Adam moments and the logged losses of the run that nothing disturbed, bit for bit.
+checkpoint after each, on one rank or two by chance, `deterministic: elastic` unless the line names another engine; a
+signal from the kernel, a file system that is full, bytes changed on disk, a weight that is infinite and that one row
+reaches. A trial held when the run did what is promised and then ended with the weights, both Adam moments and the
+logged losses of the run that nothing disturbed (where steps are left out: of one rank that leaves them out), bit for
+bit.
 
 | what was done | times | held | promise | seen |
 |---|---|---|---|---|
@@ -54,7 +61,7 @@ def verify_crash(cover: Cover, out: Path | None, as_json: bool) -> bool:
 
 def drills(ground: Ground, cover: Cover) -> Iterator[Drill]:
     """Every drill, so often as `cover` says."""
-    times = OTHERS[cover]
+    times, launches = OTHERS[cover], LAUNCHES[cover]
     yield kill_anywhere(ground, KILLS[cover], SEED)
     yield sigterm(ground, times, SEED)
     for ranks in (1, 2):
@@ -62,6 +69,14 @@ def drills(ground: Ground, cover: Cover) -> Iterator[Drill]:
             yield drill
     yield damage(ground, times, SEED, torn=False)
     yield damage(ground, times, SEED, torn=True)
+    yield silent(ground, launches, SEED)
+    for choice, engine in (("stop", "ddp"), ("skip", "ddp"), ("rewind", "ddp"), ("rewind", "zero2")):
+        yield bad_number(ground, choice, engine, ROWS[:launches])
+    yield spike(ground)
+    yield not_started_again(ground)
+    yield started_again(ground, "shipyard launch", signal.SIGKILL, launches, SEED)
+    yield started_again(ground, "shipyard launch", signal.SIGSTOP, launches, SEED)
+    yield started_again(ground, "torchrun", signal.SIGKILL, launches, SEED)
 
 
 def page(found: list[Drill], cover: Cover) -> str:

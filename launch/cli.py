@@ -1,6 +1,7 @@
 """The command line: one console script. Heavy libraries load inside the command that needs them.
 
-Exit codes: 0 success, 1 a check failed or a bug (with its traceback), 2 a user's mistake (one line), 130 Ctrl-C.
+Exit codes: 0 success, 1 a check failed or a bug (with its traceback), 2 a user's mistake (one line), 3 a bad step, 4 a
+silent rank, 130 Ctrl-C, 143 SIGTERM (saved).
 """
 
 import json
@@ -347,7 +348,10 @@ def _model_dir(model: str) -> Path:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run_command(sys.argv[1:]))
+    from ..training.exit_code import told
+
+    with told():
+        sys.exit(run_command(sys.argv[1:]))
 
 
 def run_command(arguments: Sequence[str]) -> int:

@@ -1,16 +1,19 @@
 """`shipyard launch`: writes an `accelerate launch` job for a cluster, or this machine, and starts it."""
 
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..training.exit_code import EXIT_BAD_STEP, FOLDER, cause
 from ..training.recipe import load_recipe
 from .job import Job, job_name, local_script
 from .kubernetes import jobset_manifest, trainjob_manifest
@@ -144,7 +147,9 @@ def launch(job: Job, where: Where, out: Path | None = None) -> int:
 
 
 def _run_here(command: list[str], restarts: int) -> int:
-    """Run the job in the foreground, again after a crash. SIGTERM goes on to the ranks, which save: exit code 143."""
+    """Run the job in the foreground, again after a crash; return its exit code, a rank's own where one said why it
+    ended. A bad step is a function of data and weights, so it ends the job. SIGTERM goes on to the ranks, which save:
+    143."""
     received: list[int] = []
     running: list[subprocess.Popen[bytes]] = []
 
@@ -158,9 +163,15 @@ def _run_here(command: list[str], restarts: int) -> int:
     code = 1
     try:
         for attempt in range(restarts + 1):
-            running[:] = [subprocess.Popen(command)]
-            code = _wait(running[0])
+            with tempfile.TemporaryDirectory(prefix="shipyard-exit-") as told:
+                running[:] = [subprocess.Popen(command, env={**os.environ, FOLDER: told})]
+                code = _wait(running[0])
+                code = code and (cause(Path(told)) or code)
             if code == 0 or received:
+                break
+            if code == EXIT_BAD_STEP:
+                if restarts:
+                    print("local: a bad step comes out bad again, so the job is not started again", file=sys.stderr)
                 break
             if attempt < restarts:
                 print(f"local: attempt {attempt + 1} ended with exit code {code}; starting again", file=sys.stderr)

@@ -72,8 +72,8 @@ def accelerate(arguments: str) -> str:
     MASTER_ADDR and MASTER_PORT. `arguments` is quoted already.
 
     The rendezvous is static: every node is told its rank and where node 0 is, so no host name is guessed. The launcher
-    itself restarts nothing: of many nodes all must start again together, and even on one its second ranks find the
-    first ones' addresses in its store and fail (torch 2.13, gloo). Whoever started the launcher starts it afresh.
+    itself restarts nothing: of many nodes all must start again together, and a bad step not at all. Whoever started
+    the launcher starts it afresh.
     """
     return f"""\
 config=$("$PYTHON" -c 'import shipyard; print(shipyard.__path__[0])')/launch/accelerate/nodes.yaml

@@ -18,7 +18,6 @@ from typing import Any
 from .ranks import Ranks
 from .recipe import Recipe, dump_recipe
 
-EXIT_BAD_STEP = 3
 HISTORY = 32
 FEWEST = 8
 """Norms before which nothing is called a spike: a median of less says little."""

@@ -6,27 +6,27 @@ machine, a driver that never returns with the GIL held) stops counting. Its watc
 its own process; the launcher ends the others. A rank that is merely slow keeps counting.
 """
 
+import contextlib
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
 import torch.distributed as dist
 
+from .exit_code import EXIT_SILENT, tell
 from .ranks import Ranks
 
-EXIT_SILENT = 4
 DONE = "done"
 BEATS = 5
 """Beats in the time after which silence is an alarm."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def watch(ranks: Ranks, limit_s: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that notes the step this rank is at; watch the next rank meanwhile. Nothing for `limit_s` 0."""
     if ranks.world_size == 1 or not limit_s:
@@ -50,6 +50,9 @@ class _Watcher(threading.Thread):
         self.store.set_timeout(timedelta(seconds=limit_s))
         self._over = threading.Event()
         self._count = 0
+        self._heard, self._changed, self._failure = "", time.monotonic(), ""
+        # A store whose process stands still does not even time out, so another thread does the talking.
+        self._talking = threading.Thread(target=self._talk, daemon=True)
         self._beat()
 
     def note(self, step: int) -> None:
@@ -58,30 +61,35 @@ class _Watcher(threading.Thread):
     def stop(self) -> None:
         self._over.set()
         self.join()
+        self._talking.join(self.limit_s)
 
     def _beat(self) -> None:
         self._count += 1
         self.store.set(f"beat/{self.rank}", f"{self._count} {self.step} {socket.gethostname()}:{os.getpid()}")
 
     def run(self) -> None:
-        heard, changed = "", time.monotonic()
+        self._talking.start()
         while not self._over.wait(self.limit_s / BEATS):
+            if self._heard != DONE and time.monotonic() - self._changed > self.limit_s:
+                self._alarm(self._heard, self._failure)
+
+    def _talk(self) -> None:
+        key = f"beat/{self.neighbour}"
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self._heard = self.store.get(key).decode()  # waits for it, so that it has a name when it falls silent
+        while not self._over.wait(self.limit_s / BEATS):
+            self._failure = "; the job's store does not answer either"
             try:
                 self._beat()
-                key = f"beat/{self.neighbour}"
                 said = self.store.get(key).decode() if self.store.check([key]) else ""
-            except (RuntimeError, dist.DistError) as error:  # the store's own process is gone or stands still
-                said, failure = heard, f"; the job's store does not answer either: {str(error).splitlines()[0][:120]}"
-            else:
-                failure = ""
-            if said != heard or said == DONE:
-                heard, changed = said, time.monotonic()
-            elif time.monotonic() - changed > self.limit_s:
-                self._alarm(heard, failure)
-        try:
+            except (RuntimeError, dist.DistError) as error:  # its own process is gone
+                self._failure += f": {str(error).splitlines()[0][:120]}"
+                continue
+            self._failure = ""
+            if said != self._heard:
+                self._heard, self._changed = said, time.monotonic()
+        with contextlib.suppress(RuntimeError, dist.DistError):  # nobody is left to hear it
             self.store.set(f"beat/{self.rank}", DONE)
-        except (RuntimeError, dist.DistError):
-            return  # nobody is left to hear it
 
     def _alarm(self, heard: str, failure: str) -> None:
         _, step, place = heard.split(" ", 2) if heard else ("", "0", "never heard")
@@ -90,4 +98,5 @@ class _Watcher(threading.Thread):
             f"step {int(step) + 1}{failure}; the job ends, and the same command goes on from its newest checkpoint\n"
         )
         sys.stderr.flush()
+        tell(EXIT_SILENT)
         os._exit(EXIT_SILENT)  # the main thread waits in a collective that will not return

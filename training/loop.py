@@ -21,8 +21,9 @@ from .batches import steps_per_epoch
 from .dataset import Dataset, Pair, Sample, load_dataset
 from .dpo import PreferenceTuning
 from .engine import Engine
+from .exit_code import EXIT_BAD_STEP
 from .grpo import GroupRelativeTuning
-from .health import EXIT_BAD_STEP, BadStep, Norms
+from .health import BadStep, Norms
 from .heartbeat import watch
 from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
 from .lora import add_adapters

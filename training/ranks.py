@@ -78,6 +78,7 @@ def start(recipe: Recipe) -> Ranks:
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the engine is built from the recipe, below
     if recipe.parallel.engine != "ddp":
         _rendezvous_alone()
+    _meet_again(recipe.parallel.timeout_s)
     limits = InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.parallel.timeout_s))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[limits])
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -85,6 +86,24 @@ def start(recipe: Recipe) -> Ranks:
     if recipe.deterministic == "elastic":
         _fix_arithmetic(world_size)
     return Ranks(accelerator.process_index, world_size, accelerator.device)
+
+
+def _meet_again(timeout_s: float) -> None:
+    """Join the ranks that torchrun has started again, under a name of this attempt's own: its store still holds the
+    addresses of those that died. On one machine; of several, torchrun's c10d rendezvous makes a new store each time."""
+    place = os.environ
+    attempt = place.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or place.get("LOCAL_WORLD_SIZE") != place["WORLD_SIZE"] or dist.is_initialized():
+        return
+    limit = timedelta(seconds=timeout_s)
+    agent = dist.TCPStore(place["MASTER_ADDR"], int(place["MASTER_PORT"]), is_master=False, timeout=limit)
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore(f"attempt-{attempt}", agent),
+        rank=int(place["RANK"]),
+        world_size=int(place["WORLD_SIZE"]),
+        timeout=limit,
+    )
 
 
 def _fix_arithmetic(world_size: int) -> None:

@@ -1,11 +1,13 @@
 """The crash drills, in their short version: twenty random kills, a full disk, damage. `-m slow` has two hundred."""
 
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 from shipyard.evals.crash import Ground, damage, full_disk, kill_anywhere, prepare, sigterm
 from shipyard.evals.crash_page import page
+from shipyard.evals.crash_ranks import bad_number, not_started_again, silent, spike, started_again
 from shipyard.training import checkpoint
 
 
@@ -54,6 +56,55 @@ def test_damage_is_named_and_passed_over(torn: bool, ground: Ground) -> None:
     drill = damage(ground, 2, seed=1, torn=torn)
     assert drill.passed, drill
     assert f"| 2 | 2 | {drill.promise} |" in page([drill], "standard")
+
+
+def test_a_stopped_rank_is_named_by_the_other_also_if_it_holds_the_jobs_store(ground: Ground) -> None:
+    drill = silent(ground, 1, seed=1)
+    assert drill.passed, drill
+
+
+def test_a_stopped_rank_is_named_and_the_job_goes_on_by_itself(ground: Ground) -> None:
+    drill = started_again(ground, "shipyard launch", signal.SIGSTOP, 1, seed=1)
+    assert drill.passed, drill
+
+
+@pytest.mark.parametrize(
+    ("choice", "engine"),
+    [
+        ("stop", "ddp"),
+        ("rewind", "ddp"),
+        pytest.param("skip", "ddp", marks=pytest.mark.slow),
+        pytest.param("rewind", "zero2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_loss_that_is_no_number_on_one_rank(choice: str, engine: str, ground: Ground) -> None:
+    drill = bad_number(ground, choice, engine, [5])
+    assert drill.passed, drill
+
+
+@pytest.mark.slow
+def test_a_spike_is_left_out_by_two_ranks(ground: Ground) -> None:
+    drill = spike(ground)
+    assert drill.passed, drill
+
+
+@pytest.mark.slow
+def test_a_bad_step_is_not_started_again(ground: Ground) -> None:
+    drill = not_started_again(ground)
+    assert drill.passed, drill
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_launcher_starts_again_whichever_rank_ends(number: signal.Signals, ground: Ground) -> None:
+    drill = started_again(ground, "shipyard launch", number, 2, seed=2)
+    assert drill.passed, drill
+
+
+@pytest.mark.slow
+def test_torchrun_starts_killed_ranks_again(ground: Ground) -> None:
+    drill = started_again(ground, "torchrun", signal.SIGKILL, 1, seed=1)
+    assert drill.passed, drill
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ if [ "$1" = -c ]; then echo /package; exit; fi
 trap 'sleep 0.3; echo saved >>"$NOTES"; exit 1' TERM
 while [ "$1" != --machine_rank ]; do shift; done
 echo "rank $2 of ${NNODES:-1} at ${MASTER_ADDR:-}:${MASTER_PORT:-}" >>"$NOTES"
+if [ -n "${TELLS:-}" ]; then echo -n "$TELLS" >"$SHIPYARD_EXIT_CODES/1"; fi
 if [ -n "${ENDS:-}" ]; then exit "$ENDS"; fi
 while :; do sleep 0.05; done
 """
@@ -81,6 +82,23 @@ def test_local_crash_starts_again(slurm_job, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("ENDS", "0")
     assert launch(job, "local", tmp_path / "local.sh") == 0
     assert notes.read_text().count("rank 0 of 1") == 4
+
+
+@pytest.mark.parametrize(("tells", "attempts"), [("3", 1), ("4", 3), ("2", 3)])
+def test_a_local_job_ends_with_its_ranks_own_code(
+    tells: str, attempts: int, slurm_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    """Accelerate's launcher ends with 1 whatever its ranks say. A bad step (3) would come out bad again."""
+    _, environment, notes = slurm_job
+    for name in ("NOTES", "PATH"):
+        monkeypatch.setenv(name, environment[name])
+    monkeypatch.setenv("ENDS", "1")
+    monkeypatch.setenv("TELLS", tells)
+    changes = {"python": str(tmp_path / "python"), "folder": tmp_path, "restarts": 2}
+    job = Job(**{**vars(plain_job("local")), **changes})
+    assert launch(job, "local", tmp_path / "local.sh") == int(tells)
+    assert notes.read_text().count("rank 0 of 1") == attempts
+    assert ("is not started again" in capfd.readouterr().err) == (tells == "3")
 
 
 RECIPE = str(ROOT / "launch" / "recipes" / "llama3-8b-qlora.yaml")

@@ -166,6 +166,21 @@ def test_rewind_goes_back_and_a_resumed_run_decides_alike(made: Made, tmp_path: 
         assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_two_ranks_rewind_to_what_one_rewinds_to(engine: str, made: Made, shipyard, tmp_path: Path) -> None:
+    """Every rank takes up the old weights and moments, also those that only it holds."""
+    path, step, _ = made
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(rewinding(path, one))
+    cut = [f"run_dir={two}", "health.on_bad_step=rewind", f"parallel.engine={engine}"]
+    done = shipyard("train", path, *cut, ranks=2)
+    assert f"back to the weights of step {(step - 1) // 2 * 2}" in done.stdout
+    assert [line["step"] for line in lines_of(two)] == [line["step"] for line in lines_of(one)]
+    for part in ("value", "exp_avg", "exp_avg_sq"):
+        assert_close(weights(two, STEPS, part), weights(one, STEPS, part), 1e-6)
+
+
 def rewinding(path: Path, run: Path, steps: int = STEPS) -> Recipe:
     return load_recipe(path, [f"run_dir={run}", f"steps={steps}", "health.on_bad_step=rewind"])
 
