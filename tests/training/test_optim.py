@@ -192,3 +192,23 @@ def test_muon_resumes_to_the_same_bits(one_rank: tuple[Path, Path], tmp_path: Pa
         ours, theirs = straight.whole(part), resumed.whole(part)
         assert ours.keys() == theirs.keys()
         assert all(ours[name].equal(theirs[name]) for name in ours), part
+
+
+@pytest.mark.slow
+def test_muon_under_zero_goes_on_from_pieces_of_another_number_of_ranks(
+    one_rank: tuple[Path, Path], shipyard, tmp_path: Path
+) -> None:
+    recipe, two = one_rank[0], tmp_path / "two"
+    shipyard("train", recipe, f"run_dir={two}", "batch.micro=2", "parallel.engine=zero2", ranks=3)
+    for engine, ranks in (("zero1", 2), ("zero2", 3)):
+        other = tmp_path / engine
+        shutil.copytree(two, other)
+        shutil.rmtree(other / "step-000004")
+        shutil.rmtree(other / "model")
+        done = shipyard("train", recipe, f"run_dir={other}", "batch.micro=2", f"parallel.engine={engine}", ranks=ranks)
+        assert "going on after step 2" in done.stdout
+        before, after = (StoredFragments(run / "step-000004") for run in (two, other))
+        for part in PARTS:
+            whole, again = before.whole(part), after.whole(part)
+            worst = max(float((whole[name] - again[name]).abs().max()) for name in whole)
+            assert worst < (1e-6 if ranks == 2 else 1e-12), part
