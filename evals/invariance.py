@@ -124,11 +124,11 @@ def choose(cover: Cover, worlds: Sequence[int], inputs: Path) -> tuple[list[Cell
     allowed = [cell for cell, reason in reasons.items() if reason is None and cell.world in worlds]
     if cover == "short":
         wanted = lattice.pairwise(filter(lattice.is_short, allowed))
-        wanted += [cell for cell in lattice.half_precision() if "+offload" not in cell.engine]
+        wanted += [cell for cell in lattice.half_precision() if cell.engine in ("ddp", "fsdp2", "zero2", "zero3")]
     elif cover == "standard":
-        wanted = lattice.engines_by_ranks(worlds)  # a compiled cell costs as much as all of these
+        wanted = lattice.engines_by_ranks(worlds)
         wanted += lattice.pairwise((cell for cell in allowed if not cell.compiled), wanted)
-        wanted += lattice.half_precision()
+        wanted += [*lattice.half_precision(), *lattice.compiled()]
     else:
         wanted = [*allowed, *lattice.half_precision()]
     references = [lattice.reference(cell) for cell in wanted]

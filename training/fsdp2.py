@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from .context_parallel import sharing
 from .engine import Engine, Fragment, Read, moments
 from .mesh import device_mesh
-from .models import blocks
+from .models import as_written, blocks
 from .ranks import Ranks
 from .recipe import Recipe
 
@@ -149,7 +149,7 @@ def without_weights(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()
     }
-    return copy.deepcopy(model, memo=cast(dict[int, Any], hollow))
+    return as_written(copy.deepcopy(model, memo=cast(dict[int, Any], hollow)))
 
 
 def put_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:

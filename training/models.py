@@ -192,6 +192,15 @@ def prepare(model: nn.Module, knobs: recipes.Model, device: torch.device) -> Non
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
+def as_written(model: nn.Module) -> nn.Module:
+    """Take compilation out of a copy, in place, and return it: compiled are the original's layers, and a copied one
+    would compute with their weights."""
+    for module in model.modules():
+        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            del module.forward
+    return model
+
+
 def keep_one_arithmetic(model: nn.Module) -> None:
     """Make NF4 layers compute in evaluation as they do in training.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .batches import MicroBatch
 from .loss import target_log_probs
+from .models import as_written
 
 
 class Reference:
@@ -15,7 +16,7 @@ class Reference:
 
     def __init__(self, model: nn.Module) -> None:
         self.policy = model if isinstance(model, PeftModel) else None
-        self.copy = None if self.policy else copy.deepcopy(model).eval().requires_grad_(False)
+        self.copy = None if self.policy else as_written(copy.deepcopy(model)).eval().requires_grad_(False)
 
     @torch.no_grad()
     def log_probs(self, batch: MicroBatch, temperature: float = 1.0) -> Tensor:

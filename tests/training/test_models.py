@@ -242,3 +242,30 @@ def test_frozen_weights_are_kept_as_this_processor_multiplies_them(tiny_model, t
 
 def test_float32_stays_float32(tiny_model):
     assert load_model(Model(name=str(tiny_model), dtype="float32"), trains_all=False).dtype == torch.float32
+
+
+def test_a_copy_of_compiled_layers_computes_with_its_own_weights(tiny_model: Path) -> None:
+    """The reference of DPO and the model that FSDP2 and ZeRO-3 write at the end are such copies."""
+    from shipyard.training import recipe as recipes
+    from shipyard.training.fsdp2 import put_weights, without_weights
+    from shipyard.training.models import blocks, prepare
+    from shipyard.training.reference import Reference
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tiny_model)
+    prepare(model, recipes.Model(name="tiny", compile=True), torch.device("cpu"))
+    ids = torch.arange(8)[None]
+    whole = without_weights(model)
+    put_weights(whole, {name: torch.nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()})
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        wanted = model(ids).logits
+        for copied in (Reference(model).copy, whole):
+            assert copied is not None
+            before = copied(ids).logits
+            assert before.equal(wanted)
+            kept = {name: parameter.clone() for name, parameter in model.named_parameters()}
+            for parameter in blocks(model)[0].parameters():
+                parameter.zero_()
+            assert copied(ids).logits.equal(before)
+            for name, parameter in model.named_parameters():
+                parameter.copy_(kept[name])
