@@ -58,14 +58,21 @@ def attention_tile(arch: str, part: str, width: int, value_width: int, dtype: to
 
 def _exact_tile(arch: str, part: str, wide: int) -> Tile:
     """fp32 runs on fused multiply-adds: a thread holds whole rows of both factors, so the width bounds the tile."""
-    if part == "queries" and wide == 192 and arch == "sm_90":
-        return Tile(8, 32, 8, 1)
-    if wide == 256 or (wide == 192 and part == "queries"):
-        return Tile(16, 16, 8, 1)
-    rows = 16 if part == "keys" and wide >= 128 else 32
-    if part == "forward":
-        rows = {80: 64, 96: 16 if arch == "sm_89" else 32}.get(wide, 32)
-    return Tile(rows, 32, 8, 1)
+    amd = arch.startswith("gfx")
+    if wide == 256:
+        if part == "keys" and amd:
+            return Tile(16, 16, 4, 1)
+        return Tile(8 if part == "queries" and arch == "sm_90" else 16, 16, 8, 1)
+    if part == "queries":
+        if wide == 192:
+            return Tile(8, 32, 8, 1) if arch in ("sm_90", "sm_120") else Tile(16, 16, 8, 1)
+        if wide in (80, 96) and arch in ("sm_100", "sm_120"):
+            return Tile(16, 16, 8, 1)
+        return Tile(16 if amd and wide == 128 else 32, 32, 8, 1)
+    if part == "keys":
+        return Tile(16, 16, 8, 1) if amd and wide == 192 else Tile(16 if amd or wide >= 128 else 32, 32, 8, 1)
+    narrow = {96: ("sm_89", "sm_120"), 192: ("gfx942",)}.get(wide, ())
+    return Tile(16 if arch in narrow else {80: 64}.get(wide, 32), 32, 8, 1)
 
 
 def _forward_tile(arch: str, wide: int) -> Tile:
@@ -73,7 +80,7 @@ def _forward_tile(arch: str, wide: int) -> Tile:
     if arch.startswith("gfx"):
         return Tile(128, 64, 4, 1) if wide <= 128 else Tile(64, 32, 4, 1)
     if arch == "sm_90":
-        return Tile(128, 128 if wide <= 128 else 64, 8, 2)
+        return Tile(128, 128 if wide <= 128 else 64, 8, 2 if wide < 256 else 1)
     if arch == "sm_100":
         return Tile(128, 128 if wide <= 64 else 64, 8, 2)
     if wide > 128:
@@ -89,13 +96,13 @@ def _keys_tile(arch: str, wide: int) -> Tile:
     if arch.startswith("gfx"):
         return Tile(32, 64 if wide <= 128 else 32, 4, 1)
     if wide <= 64:
-        return Tile(64, 128, 8, 2)
+        return Tile(32 if arch in ("sm_90", "sm_120") else 64, 128, 8, 2)
     if arch in ("sm_90", "sm_100"):
         if wide == 256:  # dK and dV of 64 keys fill sm_100's tensor memory: HMMA there
             return Tile(16, 64, 8, 2) if arch == "sm_90" else Tile(32, 32, 8, 1)
-        return Tile(32, 128, 8, 2) if wide <= 128 else Tile(32, 64, 8, 1)
+        return Tile(32, 128, 8, 2) if wide <= 128 else Tile(16, 64, 8, 2) if arch == "sm_90" else Tile(32, 64, 8, 1)
     if wide in (80, 96):  # two-part tiles: eight warps spill
-        return Tile(32, 64, 4, 2)
+        return Tile(16, 32, 4, 2) if arch == "sm_120" and wide == 96 else Tile(32, 64, 4, 2)
     return {128: Tile(64, 64, 8, 1), 192: Tile(64, 32, 8, 1)}.get(wide, Tile(32, 32, 8, 1))
 
 
@@ -104,7 +111,7 @@ def _queries_tile(arch: str, wide: int) -> Tile:
         return Tile(64, 32, 4, 1)
     if arch in ("sm_90", "sm_100") and wide <= 128:
         return Tile(128, 64, 8, 2)
-    if arch == "sm_120" and wide in (96, 128, 192):
+    if arch == "sm_120" and wide >= 96:
         return {96: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 1)}.get(wide, Tile(32, 32, 4, 1))
     if wide == 256:
         return Tile(128, 32, 8, 2) if arch == "sm_90" else Tile(64, 32, 8 if arch == "sm_80" else 4, 1)
