@@ -2,11 +2,12 @@
 
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
-from shipyard.evals.crash import Ground, damage, full_disk, kill_anywhere, prepare, sigterm
-from shipyard.evals.crash_page import page
+from shipyard.evals.crash import Drill, Ground, damage, full_disk, kill_anywhere, prepare, sigterm
+from shipyard.evals.crash_page import ended, page
 from shipyard.evals.crash_ranks import bad_number, not_started_again, silent, spike, started_again
 from shipyard.training import checkpoint
 
@@ -118,3 +119,14 @@ def test_two_hundred_kills_anywhere(ground: Ground) -> None:
 def test_terminated_runs(ground: Ground) -> None:
     drill = sigterm(ground, 10, seed=1)
     assert drill.passed, drill
+
+
+def test_a_drill_that_breaks_down_is_a_line_of_the_page() -> None:
+    def broken(ground: str, times: int) -> Drill:
+        raise OSError(f"no | {ground}")
+
+    drill = ended(partial(broken, "ground", 3))
+    assert drill is not None
+    assert not drill.passed
+    assert drill.fault == "drill broken(3,)"
+    assert "| 1 | 0 | runs to its end | OSError: no / ground |" in page([drill], "short")
