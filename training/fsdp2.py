@@ -92,21 +92,14 @@ class ShardedEngine(Engine):
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
         """`module` is then an ordinary model on the first rank; FSDP2's own would gather in its hooks, collectively."""
-        sharded, weights = self.module, {}
-        for name, parameter in sharded.named_parameters():
+        weights = {}
+        for name, parameter in self.module.named_parameters():
             whole = cast(DTensor, parameter.detach().to(self.ranks.device)).full_tensor()
             if self.ranks.first:
                 weights[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-        if self.ranks.first:
-            put_weights(self._skeleton, weights)
-            for stale, buffer in zip(self._skeleton.buffers(), sharded.buffers(), strict=True):
-                stale.copy_(buffer)
-            self.module = self._skeleton.to(self.ranks.device)
-        try:
+        with standing_in(self, self._skeleton, weights):
             yield
-        finally:
-            self.module = sharded
-            self._skeleton = without_weights(self._skeleton)
+        self._skeleton = without_weights(self._skeleton)
 
     def fragments(self) -> Iterator[Fragment]:
         """Rows are contiguous in a flattened tensor: each parameter's shard is one range."""
@@ -159,3 +152,18 @@ def put_weights(model: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[key] = replaced[id(parameter)]
+
+
+@contextlib.contextmanager
+def standing_in(engine: Engine, form: nn.Module, weights: dict[str, nn.Parameter]) -> Iterator[None]:
+    """The scope in which the first rank's `engine.module` is `form` with whole `weights` and the engine's buffers."""
+    scattered = engine.module
+    if engine.ranks.first:
+        put_weights(form, weights)
+        for stale, buffer in zip(form.buffers(), scattered.buffers(), strict=True):
+            stale.copy_(buffer)
+        engine.module = form.to(engine.ranks.device)
+    try:
+        yield
+    finally:
+        engine.module = scattered

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .batches import accumulation
 from .engine import Engine, Fragment, Read
-from .fsdp2 import put_weights, without_weights
+from .fsdp2 import standing_in, without_weights
 from .optim import set_learning_rate
 from .ranks import Ranks
 from .recipe import Recipe
@@ -86,21 +86,14 @@ class ZeroEngine(Engine):
             return
         import deepspeed
 
-        partitioned, weights = self.module, {}
-        with deepspeed.zero.GatheredParameters(list(partitioned.parameters())):
+        weights = {}
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             if self.ranks.first:
-                for name, parameter in partitioned.named_parameters():
+                for name, parameter in self.module.named_parameters():
                     weights[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-        if self.ranks.first:
-            put_weights(self._skeleton, weights)
-            for stale, buffer in zip(self._skeleton.buffers(), partitioned.buffers(), strict=True):
-                stale.copy_(buffer)
-            self.module = self._skeleton.to(self.ranks.device)
-        try:
+        with standing_in(self, self._skeleton, weights):
             yield
-        finally:
-            self.module = partitioned
-            self._skeleton = without_weights(self._skeleton)
+        self._skeleton = without_weights(self._skeleton)
 
     def fragments(self) -> Iterator[Fragment]:
         """DeepSpeed's own partitions: flat fp32 ranges of parameters, which cut where its buffers end."""
