@@ -86,7 +86,7 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
         model.to(ranks.device)  # pyright: ignore[reportArgumentType]
     plug(model, recipe.model.kernels)
     if recipe.lora.rank:
-        model = add_adapters(model, recipe.lora, recipe.seed)
+        model = add_adapters(model, recipe.lora, recipe.seed, as_written=recipe.deterministic == "elastic")
     prepare(model, recipe.model, ranks.device)
     needs_reference = recipe.method == "dpo" or (recipe.method == "grpo" and recipe.grpo.beta > 0)
     reference = Reference(model) if needs_reference else None

@@ -23,10 +23,11 @@ from .experts import BIAS, keep_wide, routers
 TARGETS = {"all-linear": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
-def add_adapters(model: PreTrainedModel, lora: recipes.Lora, seed: int) -> PeftModel:
+def add_adapters(model: PreTrainedModel, lora: recipes.Lora, seed: int, as_written: bool = False) -> PeftModel:
     """Freeze the model and add fp32 adapters (Hu et al. 2021): A random from the seed, B zero, no dropout.
 
-    Dropout would make the loss depend on how a batch is cut, and rank decides capacity already.
+    Dropout would make the loss depend on how a batch is cut, and rank decides capacity already. `as_written` keeps
+    PEFT's operations everywhere: `one_pass` rounds otherwise than they do, and not under selective checkpointing.
     """
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -38,7 +39,7 @@ def add_adapters(model: PreTrainedModel, lora: recipes.Lora, seed: int) -> PeftM
     )
     adapted = get_peft_model(model, config)
     for layer in adapted.modules():
-        if type(layer) is Linear:
+        if type(layer) is Linear and not as_written:
             layer.forward = partial(one_pass, layer)
     return adapted  # pyright: ignore[reportReturnType]
 

@@ -87,6 +87,18 @@ def test_micro_batches_padding_and_checkpointing_do_not_matter(one_rank, tmp_pat
         assert_same(run, reference)
 
 
+def test_recomputing_keeps_the_bits_of_elastic_runs_with_adapters(one_rank, tmp_path: Path) -> None:
+    from shipyard.training.loop import train
+    from shipyard.training.recipe import load_recipe
+
+    runs = []
+    for kind in ("none", "selective", "full"):
+        knobs = ["deterministic=elastic", "lora.rank=4", f"model.activation_checkpointing={kind}", "optim.lr=1e-2"]
+        runs.append(outcome(train(load_recipe(one_rank[0], [f"run_dir={tmp_path / kind}", *knobs])))[1])
+    for other in runs[1:]:
+        assert all(torch.equal(runs[0][name], weight) for name, weight in other.items())
+
+
 def test_a_loss_averaged_in_micro_batches_would_fail_here(one_rank, tmp_path: Path, monkeypatch) -> None:
     """The comparison can see the field's usual mistake: averages of averages."""
     from shipyard.training import sft
