@@ -17,8 +17,9 @@ Cover = Literal["short", "standard", "full"]
 KILLS = {"short": 20, "standard": 60, "full": 200}
 OTHERS = {"short": 1, "standard": 5, "full": 20}
 LAUNCHES = {"short": 1, "standard": 2, "full": 4}
-"""Jobs under a launcher; poisoned rows, which come first after step 1, and at some even step after the second."""
+"""Jobs under a launcher, and poisoned rows."""
 ROWS = (5, 14, 12, 7)
+"""The poisoned ones: they come first after step 1, and at some even step after the second."""
 SEED = 17
 HEAD = f"""# What was done to runs, and how they ended
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import xxhash
 
 from ..kernels.huggingface import plug
@@ -29,7 +28,7 @@ from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
 from .lora import add_adapters
 from .manifest import Manifest
 from .method import Method
-from .models import frozen_dtype, has_bf16_units, load_model, load_tokenizer, prepare
+from .models import compute_dtype, has_bf16_units, load_model, load_tokenizer, prepare
 from .optim import build_optimizer
 from .parallel import build_engine
 from .pretrain import Pretraining, open_shards
@@ -100,8 +99,7 @@ def _steps(
 ) -> None:
     ranks, every = engine.ranks, recipe.checkpoints.every_steps
     saver = checkpoint.Saver(ranks, run_dir, recipe.checkpoints, recipe.parallel.timeout_s)
-    dtype = frozen_dtype(recipe.model.dtype) if recipe.lora.rank else getattr(torch, recipe.model.dtype)
-    peak = peak_flops(ranks.device, dtype) * ranks.world_size
+    peak = peak_flops(ranks.device, compute_dtype(recipe)) * ranks.world_size
     flops = flops_per_token(engine.module)
     with (
         _sigterm() as asked_to_stop,

@@ -146,6 +146,11 @@ def frozen_dtype(dtype: str) -> torch.dtype:
     return getattr(torch, dtype) if has_bf16_units() else torch.float32
 
 
+def compute_dtype(recipe: recipes.Recipe) -> torch.dtype:
+    """What layers multiply in: as frozen weights are kept here, or as the recipe says where all weights train."""
+    return frozen_dtype(recipe.model.dtype) if recipe.lora.rank else getattr(torch, recipe.model.dtype)
+
+
 def has_bf16_units() -> bool:
     """Whether bf16 products run in hardware, on a card or this processor."""
     return torch.cuda.is_available() or (

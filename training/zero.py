@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .batches import accumulation
 from .engine import Engine, Fragment, Read
 from .fsdp2 import standing_in, without_weights
+from .models import compute_dtype
 from .optim import set_learning_rate
 from .ranks import Ranks
 from .recipe import Recipe
@@ -208,6 +209,6 @@ def deepspeed_config(recipe: Recipe, rounds: int) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "bf16": {"enabled": compute_dtype(recipe) == torch.bfloat16},
         "steps_per_print": 1 << 30,
     }
