@@ -13,12 +13,18 @@ import torch
 
 LENGTHS = (512, 300, 212)  # documents of the pack
 HEADS, GROUPS, WIDTH = 2, 1, 128
+HEAD_TOKENS, VOCABULARY, HEAD_WIDTH = 256, 1024, 256
 
 
 def causal_flops(forward: bool) -> int:
     """Multiply-adds that causal attention needs, times two: 2 products forward, 5 backward."""
     pairs = sum(length * (length + 1) // 2 for length in LENGTHS)
     return (2 if forward else 5) * 2 * pairs * WIDTH * HEADS
+
+
+def head_flops() -> int:
+    """The logits, once: forward reads them, backward makes them anew; the products that follow are PyTorch's own."""
+    return 2 * HEAD_TOKENS * VOCABULARY * HEAD_WIDTH
 
 
 def count() -> list[dict]:
@@ -36,8 +42,7 @@ def count() -> list[dict]:
     leaf = lambda *shape: torch.randn(*shape, dtype=torch.float32).bfloat16().requires_grad_()
     cu = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
     cos, sin = rope_tables(torch.arange(tokens)[None], inverse_frequencies(WIDTH, 5e5)[0])
-    targets = torch.randint(0, 1024, (256,))
-    head_flops = 2 * 256 * 1024 * 256
+    targets = torch.randint(0, VOCABULARY, (HEAD_TOKENS,))
     rows: list[dict] = []
 
     def measure(name: str, run: Callable, inputs: list[torch.Tensor], forward_flops: int, backward_flops: int) -> None:
@@ -55,7 +60,8 @@ def count() -> list[dict]:
     measure("rms_norm", lambda x, w: rms_norm(x, w, 1e-6), [leaf(256, 512), leaf(512)], 0, 0)
     measure("swiglu", swiglu, [leaf(256, 512), leaf(256, 512)], 0, 0)
     log_probs = lambda x, w: token_log_probs(x, w, targets)
-    measure("linear_cross_entropy", log_probs, [leaf(256, 256), leaf(1024, 256)], head_flops, head_flops)
+    head = [leaf(HEAD_TOKENS, HEAD_WIDTH), leaf(VOCABULARY, HEAD_WIDTH)]
+    measure("linear_cross_entropy", log_probs, head, head_flops(), head_flops())
     return rows
 
 

@@ -178,3 +178,28 @@ def test_attention_refusals():
         flash_attention(q[:, :3], k, v, cu)
     with pytest.raises(ValueError, match="head widths 24"):
         flash_attention(torch.zeros(4, 4, 24), torch.zeros(4, 2, 24), torch.zeros(4, 2, 24), cu)
+
+
+def tiles_that_see(lengths, window):
+    """Tiles of 16 x 16 in which some query sees some key, by trying every pair."""
+    seen = {
+        (document, row // 16, key // 16)
+        for document, length in enumerate(lengths)
+        for row in range(length)
+        for key in range(row + 1)
+        if window is None or key > row - window
+    }
+    return len(seen)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_attention_multiplies_only_tiles_that_see_something(window):
+    """The counted FLOPs are those of such tiles: two products forward; four for dK and dV and three for dQ."""
+    lengths, heads, width = [5, 0, 32, 39], 4, 16
+    inputs, cu = sample(lengths, heads, dtype=torch.bfloat16, width=width)
+    with Sanitizer() as forward:
+        out = flash_attention(*(x.requires_grad_() for x in inputs), cu, window=window, tile=SMALL)
+    with Sanitizer() as backward:
+        out.float().sum().backward()
+    product = 2 * 16 * 16 * width * heads * tiles_that_see(lengths, window)
+    assert (forward.flops_issued, backward.flops_issued) == (2 * product, 7 * product)
