@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..training.exit_code import told
+
 RANKS_YAML = Path(__file__).parent.parent / "launch" / "accelerate" / "ranks.yaml"
 
 
@@ -99,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

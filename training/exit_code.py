@@ -1,7 +1,9 @@
 """The code a rank of a job ends with, told to `shipyard launch`: the launcher between them makes a 1 of each."""
 
+import atexit
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +23,31 @@ def tell(code: object) -> None:
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Tell the code with which what is inside leaves this process, if it does."""
+    """The last that a process does: with the code it leaves this scope with, 0 by default, it ends; a rank tells it.
+
+    A rank ends without taking Python apart. After a collective has returned, gloo's thread drops the tensors and needs
+    Python for that; if Python is being taken apart just then, the process dies of SIGABRT, its work done and its code
+    lost (https://github.com/pytorch/pytorch/pull/179291). Nobody is waited for: others may have failed.
+    """
+    code: object = 0
     try:
         yield
     except SystemExit as left:
-        tell(left.code)
-        raise
+        code = left.code
+        tell(code)
+    if "RANK" in os.environ:
+        _end(code)
+    sys.exit(code)  # pyright: ignore[reportArgumentType]
+
+
+def _end(code: object) -> None:
+    atexit._run_exitfuncs()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def cause(folder: Path) -> int | None:

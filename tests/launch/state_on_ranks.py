@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from shipyard.training.batches import accumulation
 from shipyard.training.engine import Engine
+from shipyard.training.exit_code import told
 from shipyard.training.lora import add_adapters
 from shipyard.training.optim import build_optimizer
 from shipyard.training.parallel import build_engine
@@ -101,4 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

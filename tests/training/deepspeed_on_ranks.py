@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from shipyard.training.deepspeed_files import export_deepspeed, import_deepspeed
+from shipyard.training.exit_code import told
 from torch import nn
 
 
@@ -107,9 +108,10 @@ def through(model: str, universal: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    if sys.argv[1] == "stages":
-        stages(Path(sys.argv[2]))
-    else:
-        through(*sys.argv[2:])
-    dist.barrier()
+    with told():
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        if sys.argv[1] == "stages":
+            stages(Path(sys.argv[2]))
+        else:
+            through(*sys.argv[2:])
+        dist.barrier()

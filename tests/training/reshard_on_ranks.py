@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from shipyard.training.checkpoint import Saver
+from shipyard.training.exit_code import told
 from shipyard.training.loop import assemble, identity, restore
 from shipyard.training.manifest import read_manifest
 from shipyard.training.ranks import start
@@ -32,4 +33,5 @@ def main(recipe_file: str, hops: list[tuple[str, str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    with told():
+        main(sys.argv[1], json.loads(sys.argv[2]))
