@@ -6,7 +6,9 @@ for ranges, so any engine on any number of ranks reads what any other wrote. Bat
 step number is all the rest of the state. Frozen weights are not stored.
 
 All ranks must see one file system. They do not talk while they write: each leaves its file and then a note of its hash,
-and the first rank, which waits for every note, commits. So a checkpoint can be written while training goes on.
+and the first rank, which waits for every note, commits. So a checkpoint can be written while training goes on. Nothing
+writes weights and moments between two updates, so even the copy that is written is made while the next step's passes
+run, and only its update waits for that (Mohan et al. 2021, CheckFreq, section 4.2).
 """
 
 import contextlib
@@ -18,10 +20,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -55,9 +60,11 @@ class Saver:
     def __init__(self, ranks: Ranks, run_dir: Path, knobs: Checkpoints, timeout_s: float) -> None:
         self.ranks, self.run_dir, self.knobs, self.timeout_s = ranks, run_dir, knobs, timeout_s
         self.held_s = 0.0
-        """Seconds for which training stood still for the last save; `took_s`: how long that save took in all."""
+        """Seconds for which training stood still for the last save, in `save` and `settle`; `took_s`: how long that
+        save took in all."""
         self.took_s = 0.0
         self._thread: threading.Thread | None = None
+        self._copied: futures.Future[dict[str, Tensor]] | None = None
         self._failure = ""
         self._copies: dict[str, Tensor] = {}
         # One name for all ranks that no earlier process used: leftovers of a killed save are not taken for this one's.
@@ -67,60 +74,104 @@ class Saver:
                 shutil.rmtree(stale, ignore_errors=True)
         ranks.wait()
 
+    @property
+    def on_its_way(self) -> bool:
+        """Whether this rank is writing."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, engine: Engine, step: int, extra: dict[str, Tensor], about: Mapping[str, Any]) -> None:
         """Begin to write `run_dir/step-NNNNNN` after `step` finished steps. Collective.
 
-        `extra` is the method's own state. In the background it returns as soon as everything is copied; `finish` says
-        how it went. Raises ValueError on every rank if this save or the one before failed; earlier checkpoints stay.
+        `extra` is the method's own state. In the background it returns at once: call `settle` before anything writes
+        weights or moments; `finish` says how it went. Raises ValueError on every rank if this save or the one before
+        failed; earlier checkpoints stay.
         """
+        called = time.perf_counter()
         self.finish()
         began = time.perf_counter()
         note = _Note(f"rank-{self.ranks.rank:05d}.safetensors")
-        tensors: dict[str, Tensor] = {}
+        held: dict[str, Tensor] = {}
+        copies: dict[str, Tensor] = {}
         for fragment in engine.fragments():
             note.shapes[fragment.name] = list(fragment.shape)
             for part, tensor in fragment.tensors.items():
                 key = key_of(fragment.name, part, fragment.start)
-                tensors[key] = self._copied(key, tensor)
+                if fragment.live:
+                    held[key] = tensor
+                else:
+                    copies[key] = self._copy(key, tensor)
                 spans = note.ranges.setdefault(fragment.name, {}).setdefault(part, [])
                 spans.append((note.file, fragment.start, len(tensor)))
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize(self.ranks.device)
+        copy = partial(self._copy_all, held, copies, _updated(self.ranks.device))
         whole = {**about, "step": step, "updates": engine.updates}
         extra = {key: tensor.detach().cpu().clone() for key, tensor in extra.items()}
+        self._copied = futures.Future()
         self._thread = threading.Thread(
-            target=self._write, args=(step, tensors, note, extra, whole, began), daemon=True
+            target=self._write, args=(step, copy, self._copied, note, extra, whole, began), daemon=True
         )
         self._thread.start()
-        self.held_s = time.perf_counter() - began
         if not self.knobs.background:
             self.finish()
+        self.held_s = time.perf_counter() - called
+
+    def settle(self) -> None:
+        """Return when the save that is on its way, if any, has its copy: weights and moments may change from then on.
+
+        The copy's failure is the save's, which `finish` tells.
+        """
+        if self._copied is not None:
+            began = time.perf_counter()
+            futures.wait([self._copied])
+            self._copied = None
+            self.held_s += time.perf_counter() - began
 
     def finish(self) -> None:
         """Return when the save that is on its way, if any, is committed. Collective; raises ValueError if it failed."""
         if self._thread is None:
             return
         self._thread.join()
-        self._thread = None
+        self._thread = self._copied = None
         failure, self._failure = self._failure, ""
         if self.ranks.sum({"failed": float(bool(failure))})["failed"]:
             raise ValueError(failure or "checkpoints: another rank could not write its part; see its message")
 
-    def _copied(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy on the host, into memory that the next save will use again."""
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy on the host, in memory that the next save will use again. A GPU's has been begun only."""
         if key not in self._copies or len(self._copies[key]) != len(tensor):
             self._copies[key] = torch.empty(len(tensor), dtype=torch.float32, pin_memory=tensor.is_cuda)
-        return self._copies[key].copy_(tensor, non_blocking=True)
+        copy = self._copies[key]
+        if tensor.is_cuda or tensor.dtype != copy.dtype:
+            return copy.copy_(tensor, non_blocking=True)
+        np.copyto(copy.numpy(), tensor.numpy())  # one core; torch would start as many threads as train
+        return copy
+
+    def _copy_all(
+        self, held: Mapping[str, Tensor], copies: dict[str, Tensor], updated: torch.cuda.Event | None
+    ) -> dict[str, Tensor]:
+        """`copies`, with one of all that is `held`; on a GPU after `updated`, in a stream beside training's."""
+        if updated is None:
+            return copies | {key: self._copy(key, tensor) for key, tensor in held.items()}
+        beside = torch.cuda.Stream(self.ranks.device)
+        with torch.cuda.stream(beside):
+            beside.wait_event(updated)
+            copies |= {key: self._copy(key, tensor) for key, tensor in held.items()}
+        beside.synchronize()
+        return copies
 
     def _write(
-        self, step: int, tensors: dict[str, Tensor], note: _Note, extra: dict[str, Tensor], about: Any, began: float
-    ) -> None:
+        self, step: int, copy: Callable[[], dict[str, Tensor]], copied: futures.Future[dict[str, Tensor]], note: _Note,
+        extra: dict[str, Tensor], about: Any, began: float,
+    ) -> None:  # fmt: skip
+        try:
+            copied.set_result(copy())
+        except Exception as error:
+            copied.set_exception(error)
         path = self.run_dir / f"step-{step:06d}"
         scratch = self.run_dir / f".{path.name}.{self._attempt}.tmp"
         try:
             scratch.mkdir(parents=True, exist_ok=True)
             _reserve(scratch, self.ranks.rank)
-            note.entry = write_shard(scratch / note.file, tensors)
+            note.entry = write_shard(scratch / note.file, copied.result())
             _leave(scratch, self.ranks.rank, vars(note))
             if self.ranks.first:
                 save_file(extra, scratch / METHOD)
@@ -155,6 +206,15 @@ class Saver:
         for step, old in steps[: -self.knobs.keep_last]:
             if not self.knobs.keep_every or step % self.knobs.keep_every:
                 shutil.rmtree(old)
+
+
+def _updated(device: torch.device) -> torch.cuda.Event | None:
+    """What to wait for before a GPU's weights are read from another stream."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _reserve(scratch: Path, rank: int) -> None:

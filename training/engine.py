@@ -30,13 +30,15 @@ class Fragment:
     """A contiguous range of one flattened trained parameter, as one rank holds it.
 
     `tensors` has the range of each part: "value", and the optimizer's own ("exp_avg", "exp_avg_sq"), 1-D, fp32. Over
-    all ranks, fragments hold every element of every trained parameter exactly once, whatever the engine.
+    all ranks, fragments hold every element of every trained parameter exactly once, whatever the engine. They are views
+    of what trains, which nothing writes but the engine's `step` and `load`; where not `live`, copies made to be read.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     tensors: Mapping[str, Tensor]
+    live: bool = True
 
 
 class Engine:

@@ -110,7 +110,9 @@ def _steps(
             began = time.perf_counter()
             beat(step)
             try:
-                values = run_step(recipe, engine, method, step, todo.stop, bool(asked_to_stop), norms.largest())
+                values = run_step(
+                    recipe, engine, method, step, todo.stop, bool(asked_to_stop), norms.largest(), saver.settle
+                )
                 norms.known.append(values["grad_norm"])
                 seconds = time.perf_counter() - began
                 mfu = values.pop("computed") / seconds * flops / peak

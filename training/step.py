@@ -1,6 +1,7 @@
 """One optimizer step, whatever the method and the engine."""
 
 import math
+from collections.abc import Callable
 
 from . import experts
 from .engine import Engine
@@ -21,8 +22,11 @@ def run_step(
     steps: int,
     asked_to_stop: bool = False,
     largest: float = math.inf,
+    before_update: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Optimizer step `step` (from 0) of `steps`; return the global numbers. Collective.
+
+    `before_update` is called when the passes are done: up to then no weight and no moment has changed.
 
     Raises BadStep on every rank, weights and moments untouched, when a loss or the gradient is not a finite number, or
     the gradient's norm is beyond `largest`.
@@ -42,6 +46,7 @@ def run_step(
     lr = learning_rate(recipe.optim, step, steps)
     bad = values.pop("bad") > 0
     updates = engine.updates
+    before_update()
     norm = engine.step(lr, NOTHING if bad else largest)
     loads = experts.balance(engine.module, engine.ranks, learn=engine.updates > updates)
     if bad or not norm <= largest:

@@ -11,6 +11,7 @@ import numpy as np
 
 CHUNK_BYTES = 1 << 22
 _WORDS = CHUNK_BYTES // 8
+_COLUMNS = 2048
 
 
 class Syndrome:
@@ -25,36 +26,49 @@ class Syndrome:
     def update(self, data: memoryview) -> None:
         """Add bytes."""
         while len(data):
+            if self._filled == 0 and len(data) >= CHUNK_BYTES:
+                words: Any = np.frombuffer(data[:CHUNK_BYTES], dtype=np.uint64)
+                if words.flags.aligned:  # else numpy is slower than one more copy
+                    self._fold(words)
+                    data = data[CHUNK_BYTES:]
+                    continue
             piece = data[: CHUNK_BYTES - self._filled]
             self._chunk[self._filled : self._filled + len(piece)] = piece
             self._filled += len(piece)
             data = data[len(piece) :]
             if self._filled == CHUNK_BYTES:
-                self._fold()
+                self._fold(np.frombuffer(self._chunk, dtype=np.uint64))
 
     def text(self) -> str:
         """The numbers, for the manifest."""
         if self._filled:
             length = max(8, 1 << (self._filled - 1).bit_length())  # folding halves it again and again
             self._chunk[self._filled : length] = bytes(length - self._filled)
-            self._fold(length)
+            self._fold(np.frombuffer(self._chunk, dtype=np.uint64, count=length // 8))
         return f"{self._bits:x}-{self._word:x}-{self._number:x}"
 
-    def _fold(self, length: int = CHUNK_BYTES) -> None:
-        words: Any = np.frombuffer(self._chunk, dtype=np.uint64, count=length // 8)
-        place = 0
-        while len(words) > 1:
-            low, high = np.split(words, 2)
-            if int(np.bitwise_xor.reduce(high)).bit_count() % 2:
-                place |= len(high)
-            words = low ^ high
-        bits = int(words[0])
+    def _fold(self, words: Any) -> None:
+        """Add a chunk. Its words lie in rows, so a word's number is its row's and its column's."""
+        grid = words.reshape(-1, min(len(words), _COLUMNS))
+        bits, column = _places(np.bitwise_xor.reduce(grid, axis=0))
+        _, row = _places(np.bitwise_xor.reduce(grid, axis=1))
         self._bits ^= bits
-        self._word ^= place
+        self._word ^= row * grid.shape[1] + column
         if bits.bit_count() % 2:
             self._number ^= self._chunks
         self._chunks += 1
         self._filled = 0
+
+
+def _places(words: Any) -> tuple[int, int]:
+    """The XOR of a power of two of words, and that of their numbers, each as often as its word has bits set."""
+    place = 0
+    while len(words) > 1:
+        low, high = np.split(words, 2)
+        if int(np.bitwise_xor.reduce(high)).bit_count() % 2:
+            place |= len(high)
+        words = low ^ high
+    return int(words[0]), place
 
 
 def flipped_bit(is_: str, was: str) -> tuple[int, int] | None:

@@ -64,7 +64,8 @@ class TensorEngine(ShardedEngine):
             if rows:
                 width = parameter.numel() // parameter.shape[0]
                 flat = {part: tensor.reshape(-1) for part, tensor in local.items()}
-                yield Fragment(name, tuple(parameter.shape), start * width, flat)
+                live = self._cut(parameter) != 1  # what was put together is a copy, on the device
+                yield Fragment(name, tuple(parameter.shape), start * width, flat, live)
 
     def load(self, read: Read, updates: int) -> None:
         self.updates = updates

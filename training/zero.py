@@ -154,16 +154,16 @@ class ZeroEngine(Engine):
                 return 0, {}
             parts = {"value": mapping.hp_fragment, **mapping.optim_fragment}
             return mapping.lp_fragment_address.start, {key: part.detach() for key, part in parts.items()}
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
         shard: Any = parameter  # DeepSpeed pads the last partitions to one size
         start = shard.ds_tensor.ds_numel * self.ranks.rank
         length = max(0, min(shard.ds_tensor.ds_numel, shard.ds_numel - start))
         if not length:
             return 0, {}
-        moments = {part: safe_get_local_optimizer_state(parameter, part) for part in ("exp_avg", "exp_avg_sq")}
-        parts = {"value": safe_get_local_fp32_param(parameter), **moments}
-        return start, {key: part.detach()[:length] for key, part in parts.items()}
+        # DeepSpeed's safe_get_local_* would move what is offloaded to the device, whole
+        view = self.deepspeed.optimizer._get_fp32_opt_state_partition
+        keys = {"value": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+        parts = {part: view(parameter, True, optim_state_key=key)[0] for part, key in keys.items()}
+        return start, {part: tensor.detach()[:length] for part, tensor in parts.items()}
 
     def _inner(self) -> torch.optim.Optimizer:
         return self.deepspeed.optimizer.optimizer

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from shipyard.training.checkpoint import committed
+from reshard_on_ranks import LateSaver
+from shipyard.training import checkpoint
+from shipyard.training.checkpoint import Saver, committed
 from shipyard.training.manifest import BLOCK_BYTES, commit, verify
 from shipyard.training.shard import StoredFragments, key_of, write_shard
 
@@ -162,3 +164,36 @@ def test_which_checkpoints_are_kept(straight, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(load_recipe(recipe, [f"run_dir={run}", "checkpoints.keep_last=1", "checkpoints.keep_every=2"]))
     assert sorted(committed(run)) == [2, 4, 6]
+
+
+def test_a_save_holds_its_step_though_training_goes_on(straight, tmp_path: Path, monkeypatch) -> None:
+    """Each checkpoint is the very files of one that training stood still for, however late its copy is made."""
+    from shipyard.training.loop import train
+    from shipyard.training.recipe import load_recipe
+
+    recipe, _ = straight
+    train(load_recipe(recipe, [f"run_dir={tmp_path / 'still'}", "checkpoints.background=false"]))
+    monkeypatch.setattr(checkpoint, "Saver", LateSaver)
+    train(load_recipe(recipe, [f"run_dir={tmp_path / 'beside'}"]))
+    still, beside = (committed(tmp_path / name) for name in ("still", "beside"))
+    assert sorted(beside) == [1, 2, 3, 4, 5, 6]
+    for step, path in beside.items():
+        assert verify(path).files == verify(still[step]).files, step
+
+
+def test_a_copy_that_fails_is_a_save_that_failed(straight, tmp_path: Path, monkeypatch) -> None:
+    from shipyard.training.loop import train
+    from shipyard.training.recipe import load_recipe
+
+    copy = Saver._copy_all
+
+    def third_fails(saver: Saver, *args) -> dict[str, torch.Tensor]:
+        if 2 in committed(saver.run_dir):
+            raise RuntimeError("no memory for a copy")
+        return copy(saver, *args)
+
+    monkeypatch.setattr(Saver, "_copy_all", third_fails)
+    with pytest.raises(ValueError, match="no memory for a copy"):
+        train(load_recipe(straight[0], [f"run_dir={tmp_path}"]))
+    assert sorted(committed(tmp_path)) == [1, 2]
+    assert not list(tmp_path.glob(".step-*"))
