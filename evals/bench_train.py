@@ -268,12 +268,17 @@ that `shipyard train` sets up; every trainer has its own defaults.
 def write_page(out: Path, table: Table, setting: str) -> str:
     """Put the workload's section into the page, in the place of an older one; return the section."""
     section = _section(table, setting)
+    put_section(out, INTRODUCTION, section)
+    return section
+
+
+def put_section(out: Path, introduction: str, section: str) -> None:
+    """Write a page anew: the introduction and its sections, of which this one replaces that of the same title."""
     pages = out.read_text(encoding="utf-8").split("\n## ")[1:] if out.is_file() else []
     sections = {page.partition("\n")[0]: f"## {page.strip()}\n" for page in pages}
-    sections[table.workload.name] = section
+    sections[section.partition("\n")[0].removeprefix("## ")] = section
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join([INTRODUCTION, *(sections[name] for name in sorted(sections))]), encoding="utf-8")
-    return section
+    out.write_text("\n".join([introduction, *(sections[name] for name in sorted(sections))]), encoding="utf-8")
 
 
 def _section(table: Table, setting: str) -> str:

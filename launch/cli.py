@@ -177,40 +177,23 @@ def evaluate(
 
 @app.command()
 def bench(
-    name: Annotated[Literal["kernels", "data", "planner", "train"], typer.Argument(help="What to time, or check.")],
+    name: Annotated[
+        Literal["kernels", "data", "planner", "train", "checkpoint"], typer.Argument(help="What to time, or check.")
+    ],
     datasheet: Annotated[
         bool, typer.Option("--datasheet", help="kernels: what each card's compiler made of them; needs no GPU.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="File to write; --datasheet takes docs/kernels.md.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; most have a page in docs/.")] = None,
     workload: Annotated[Literal["all", "fast", "alpaca", "reviews"], typer.Option(help="train: which rows.")] = "all",
-    rounds: Annotated[int, typer.Option(min=1, help="train: how often each trainer runs.")] = 3,
+    shape: Annotated[str, typer.Option(help="checkpoint: a model of launch/shapes.")] = "smollm2-135m",
+    rounds: Annotated[int, typer.Option(min=1, help="train, checkpoint: how often.")] = 3,
     litgpt: Annotated[Path | None, typer.Option(help="train: a virtual environment that holds LitGPT.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="train: threads of a trainer. [default: cores]")] = None,
 ) -> None:
     """Time the parts on this machine, beside their peers."""
-    if name == "planner":
-        from ..evals.bench_planner import write_page
+    from .bench import bench as run
 
-        typer.echo(write_page(out or Path("docs/planner.md")))
-    elif name == "kernels" and datasheet:
-        from ..kernels.jit import need_compiler
-
-        need_compiler()
-        from ..kernels.datasheet_page import write_datasheet
-
-        typer.echo(write_datasheet(out or Path("docs/kernels.md")))
-    elif name == "kernels":
-        from ..evals.bench_kernels import bench_kernels
-
-        typer.echo(bench_kernels(out))
-    elif name == "train":
-        from ..evals.bench_train import bench_workloads
-
-        typer.echo(bench_workloads(out or Path("docs/bench-train.md"), workload, rounds, litgpt, threads))
-    else:
-        from ..evals.bench_data import bench_data
-
-        typer.echo(bench_data(out))
+    typer.echo(run(name, out, datasheet, workload, shape, rounds, litgpt, threads))
 
 
 @app.command()
