@@ -23,7 +23,7 @@ demo: env
 	@.venv/bin/shipyard demo
 
 test: env-dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-kernels: env-dev
 	@[ -d .venv/triton-3.9.0/triton ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check \

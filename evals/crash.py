@@ -13,7 +13,6 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import yaml
 from ..training.checkpoint import committed, newest
 from ..training.manifest import MANIFEST, verify
 from ..training.shard import StoredFragments
-from .trainers import POLL_S, Job, start
+from .trainers import Job, start, wait_until
 
 STEPS = 24
 LIMIT_S = 300.0
@@ -147,13 +146,6 @@ def half_written(run: Path) -> set[str]:
         return set()
 
 
-def wait_until(job: Job, true: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
-    """Return when something is true, the job has ended, or time is up."""
-    until = time.monotonic() + limit_s
-    while job.alive() and not true() and time.monotonic() < until:
-        time.sleep(POLL_S)
-
-
 def kill_anywhere(ground: Ground, kills: int, seed: int, kills_per_run: int = 20) -> Drill:
     """SIGKILL at random: in start-up, in steps, inside saves; at one rank and at two, one of them or both.
 
@@ -196,7 +188,8 @@ def _kill_once(ground: Ground, run: Path, rng: random.Random) -> str | None:
         time.sleep(rng.random() * 0.5)
     else:
         steps = done + rng.randint(0, 2)
-        wait_until(job, lambda: logged(run) >= steps and (aim == "step" or bool(half_written(run) - torn)))
+        saving = lambda: aim == "step" or bool(half_written(run) - torn)
+        wait_until(lambda: logged(run) >= steps and saving(), job.alive, LIMIT_S)
         time.sleep(rng.random() * (0.03 if aim == "step" else 0.004))
     victims = [rng.randrange(ranks)] if ranks > 1 and rng.random() < 0.5 else None
     job.signal(signal.SIGKILL, victims)
@@ -218,7 +211,7 @@ def sigterm(ground: Ground, times: int, seed: int) -> Drill:
         run = ground.folder / f"terminated-{seed}-{number}"
         job = ground.go(run, ranks := rng.choice((1, 2)))
         steps = rng.randint(1, STEPS // 2)
-        wait_until(job, lambda run=run, steps=steps: logged(run) >= steps)
+        wait_until(lambda run=run, steps=steps: logged(run) >= steps, job.alive, LIMIT_S)
         job.signal(signal.SIGTERM)
         codes = job.wait(LIMIT_S)
         codes_seen.update(codes)
@@ -235,7 +228,7 @@ def interrupted(ground: Ground, name: str, steps: int) -> Path:
     """A run of which `steps` steps or a few more are saved, then killed."""
     run = ground.folder / name
     job = ground.go(run)
-    wait_until(job, lambda: len(committed(run)) >= 3 and logged(run) >= steps)
+    wait_until(lambda: len(committed(run)) >= 3 and logged(run) >= steps, job.alive, LIMIT_S)
     job.signal(signal.SIGKILL)
     job.wait(LIMIT_S)
     return run

@@ -24,8 +24,9 @@ from ..training.exit_code import EXIT_BAD_STEP, EXIT_SILENT
 from ..training.health import FEWEST, HISTORY, replay_path
 from ..training.manifest import MANIFEST
 from ..training.shard import StoredFragments
-from .crash import LIMIT_S, PARTS, STEPS, Drill, Ground, logged, wait_until
+from .crash import LIMIT_S, PARTS, STEPS, Drill, Ground, logged
 from .launched import Launcher, launch
+from .trainers import wait_until
 
 HEARTBEAT_S = 5
 POISON = "~"
@@ -42,7 +43,7 @@ def silent(ground: Ground, times: int, seed: int) -> Drill:
         run, victim = ground.folder / f"silent-{seed}-{number}", number % 2
         job = ground.go(run, 2, f"health.heartbeat_s={HEARTBEAT_S}")
         steps = rng.randint(1, STEPS // 2)
-        wait_until(job, lambda run=run, steps=steps: logged(run) >= steps)
+        wait_until(lambda run=run, steps=steps: logged(run) >= steps, job.alive, LIMIT_S)
         job.signal(signal.SIGSTOP, [victim])
         job.ranks[1 - victim].join(LIMIT_S)
         job.signal(signal.SIGKILL, [victim])  # as the launcher does when a rank has ended

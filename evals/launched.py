@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .trainers import POLL_S
+from .trainers import wait_until
 
 Launcher = Literal["shipyard launch", "torchrun"]
 
@@ -34,12 +33,9 @@ class Launched:
 
     def wait_until(self, true: Callable[[], bool], limit_s: float) -> None:
         """Return when something is true. Raises TimeoutError if the job ends first, or time is up."""
-        until = time.monotonic() + limit_s
-        while not true():
-            if self.process.poll() is not None or time.monotonic() > until:
-                self.process.terminate()
-                raise TimeoutError(f"{self.run} is at {self.process.poll()}: {self.said()[-2000:]}")
-            time.sleep(POLL_S)
+        if not wait_until(true, lambda: self.process.poll() is None, limit_s):
+            self.process.terminate()
+            raise TimeoutError(f"{self.run} is at {self.process.poll()}: {self.said()[-2000:]}")
 
     def rank(self, rank: int) -> int:
         """The process id of one of the ranks."""

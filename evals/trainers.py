@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -19,6 +19,14 @@ PRELOADED = ("shipyard.launch.cli", "shipyard.training.loop", "shipyard.training
 POLL_S = 0.001
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(list(PRELOADED))
+
+
+def wait_until(true: Callable[[], bool], alive: Callable[[], bool], limit_s: float) -> bool:
+    """Whether something came true while a job was alive and before time was up; return as soon as that is known."""
+    until = time.monotonic() + limit_s
+    while not (found := true()) and alive() and time.monotonic() < until:
+        time.sleep(POLL_S)
+    return found
 
 
 @dataclass

@@ -1,10 +1,6 @@
 """State bytes, to the byte, against tensors that real engines on real ranks hold."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,27 +30,6 @@ MORE = [
 ]
 
 
-def _on_ranks(ranks: int, cases: list[dict[str, Any]], folder: Path) -> list[dict[str, int]]:
-    config = folder / "config.json"
-    config.write_text(json.dumps(CONFIG))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = str(Path(__file__).with_name("state_on_ranks.py"))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    done = subprocess.run(
-        [*command, script, str(config), json.dumps(cases)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if "FOUND " in line)
-    return json.loads(line.split("FOUND ", 1)[1])
-
-
 def _planned(case: dict[str, Any], ranks: int) -> dict[str, int]:
     work = Workload(
         config=json.dumps(CONFIG),
@@ -79,17 +54,20 @@ def _planned(case: dict[str, Any], ranks: int) -> dict[str, int]:
     return held
 
 
-def _compare(ranks: int, cases: list[dict[str, Any]], tmp_path: Path) -> None:
-    found = _on_ranks(ranks, cases, tmp_path)
+def _compare(on_ranks, ranks: int, cases: list[dict[str, Any]], folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    said = on_ranks(ranks, Path(__file__).with_name("state_on_ranks.py"), config, json.dumps(cases))
+    found = json.loads(next(line for line in said.splitlines() if "FOUND " in line).split("FOUND ", 1)[1])
     real = {json.dumps(case): held for case, held in zip(cases, found, strict=True)}
     assert real == {json.dumps(case): _planned(case, ranks) for case in cases}
 
 
-def test_state_is_exact_on_two_ranks(tmp_path: Path) -> None:
-    _compare(2, CASES, tmp_path)
+def test_state_is_exact_on_two_ranks(on_ranks, tmp_path: Path) -> None:
+    _compare(on_ranks, 2, CASES, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_more_states_are_exact(ranks: int, tmp_path: Path) -> None:
-    _compare(ranks, [*CASES, *MORE], tmp_path)
+def test_more_states_are_exact(ranks: int, on_ranks, tmp_path: Path) -> None:
+    _compare(on_ranks, ranks, [*CASES, *MORE], tmp_path)

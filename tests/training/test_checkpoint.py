@@ -2,17 +2,14 @@
 
 import itertools
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from reshard_on_ranks import LateSaver
+from runs_for_tests import forget_after
 from shipyard.training import checkpoint
 from shipyard.training.checkpoint import Saver, committed
 from shipyard.training.manifest import BLOCK_BYTES, commit, verify
@@ -40,32 +37,16 @@ def straight(tmp_path_factory, tiny_model: Path, chat_rows: Path, shipyard) -> t
     return folder / "sft.yaml", folder / "straight"
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Make a finished run one that was interrupted after `step`."""
-    shutil.rmtree(run / "model")
-    for later, path in committed(run).items():
-        if later > step:
-            shutil.rmtree(path)
-
-
 def difference(run: Path, other: Path, part: str) -> float:
     ours, theirs = (StoredFragments(path).whole(part) for path in (run, other))
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-def on_ranks(ranks: int, recipe: Path, hops: list[tuple[str, Path, Path]]) -> None:
+def reshard(on_ranks, ranks: int, recipe: Path, hops: list[tuple[str, Path, Path]]) -> None:
     """Start real ranks once; for each (engine, source, out) they load, save, take a step and save again."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).with_name("reshard_on_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    done = subprocess.run(
-        [*command, str(script), str(recipe), json.dumps([[engine, str(a), str(b)] for engine, a, b in hops])],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1800, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = json.dumps([[engine, str(a), str(b)] for engine, a, b in hops])
+    on_ranks(ranks, Path(__file__).with_name("reshard_on_ranks.py"), recipe, words)
 
 
 def assert_resharded(source: Path, out: Path, reference: Path) -> Path:
@@ -78,7 +59,7 @@ def assert_resharded(source: Path, out: Path, reference: Path) -> Path:
     return stepped
 
 
-def test_engines_and_ranks_change_between_steps(straight, shipyard, tmp_path: Path) -> None:
+def test_engines_and_ranks_change_between_steps(straight, shipyard, on_ranks, tmp_path: Path) -> None:
     """DDP on one rank, then on two ranks FSDP2, ZeRO-2, ZeRO-3, ZeRO-1, then one rank again: the same steps."""
     recipe, reference = straight
     source = reference / "step-000001"
@@ -86,7 +67,7 @@ def test_engines_and_ranks_change_between_steps(straight, shipyard, tmp_path: Pa
     for step, engine in enumerate(("fsdp2", "zero2", "zero3", "zero1"), 2):
         hops.append((engine, source, tmp_path / engine))
         source = tmp_path / engine / f"step-{step:06d}"
-    on_ranks(2, recipe, hops)
+    reshard(on_ranks, 2, recipe, hops)
     for engine, before, out in hops:
         assert_resharded(before, out, reference)
         assert all(verify(path).about["engine"] == engine for path in committed(out).values())
@@ -103,13 +84,13 @@ def test_engines_and_ranks_change_between_steps(straight, shipyard, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(1, 2), (2, 4), (4, 1)])
-def test_every_engine_takes_up_every_other(counts: tuple[int, int], straight, tmp_path: Path) -> None:
+def test_every_engine_takes_up_every_other(counts: tuple[int, int], straight, on_ranks, tmp_path: Path) -> None:
     """All engines on one number of ranks to all engines on the same and on the other."""
     recipe, reference = straight
     sources: list[Path] = []
     for ranks in counts:
         hops = [(engine, reference / "step-000001", tmp_path / f"{engine}-{ranks}") for engine in ENGINES]
-        on_ranks(ranks, recipe, hops)
+        reshard(on_ranks, ranks, recipe, hops)
         sources += [assert_resharded(source, out, reference) for _, source, out in hops]
     for ranks in counts:
         hops = [
@@ -117,7 +98,7 @@ def test_every_engine_takes_up_every_other(counts: tuple[int, int], straight, tm
             for source in sources
             for engine in ENGINES
         ]
-        on_ranks(ranks, recipe, hops)
+        reshard(on_ranks, ranks, recipe, hops)
         for _, source, out in hops:
             assert_resharded(source, out, reference)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs_for_tests import forget_after
 from shipyard.evals import lattice
 from shipyard.evals.invariance import Compared, compare, read_run
 from shipyard.evals.lattice import Cell
@@ -15,7 +16,6 @@ from shipyard.evals.lattice_inputs import write_inputs
 from shipyard.evals.lattice_ranks import Outcome, train_all
 from shipyard.training import context_parallel
 from shipyard.training.batches import MicroBatch, collate
-from shipyard.training.checkpoint import committed
 from shipyard.training.context_parallel import Neighbours, Part, part_of
 from shipyard.training.dataset import Sample
 from shipyard.training.loop import train
@@ -65,13 +65,6 @@ def two_ranks(inputs: Path, one_rank: dict[str, Path]) -> dict[str, Outcome]:
         "resumed": resumed,
     }
     return dict(zip(jobs, train_all(list(jobs.values()), 2, inputs), strict=True))
-
-
-def forget_after(run: Path, step: int) -> None:
-    shutil.rmtree(run / "model")
-    for later, path in committed(run).items():
-        if later > step:
-            shutil.rmtree(path)
 
 
 @pytest.mark.parametrize("method", ["sft", "pretrain"])

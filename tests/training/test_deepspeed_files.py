@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,30 +15,14 @@ from shipyard.training.manifest import verify
 from shipyard.training.shard import StoredFragments
 
 PARTS = ("value", "exp_avg", "exp_avg_sq")
-
-
-def on_ranks(ranks: int, *args: str | Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(__file__).with_name("deepspeed_on_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    done = subprocess.run(
-        [*command, str(script), *map(str, args)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+SCRIPT = Path(__file__).with_name("deepspeed_on_ranks.py")
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory, on_ranks) -> Path:
     """What ZeRO-1, 2 and 3 on two ranks saved and held, what was made of it, and what other stages made of that."""
     out = tmp_path_factory.mktemp("deepspeed")
-    on_ranks(2, "stages", out)
+    on_ranks(2, SCRIPT, "stages", out)
     return out
 
 
@@ -130,7 +111,7 @@ def test_what_is_not_whole_is_refused_in_a_line(saved: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_goes_through_deepspeed_and_on(
-    ranks: int, tiny_model: Path, chat_rows: Path, shipyard, tmp_path: Path
+    ranks: int, tiny_model: Path, chat_rows: Path, shipyard, on_ranks, tmp_path: Path
 ) -> None:
     """Two steps, out to a ZeRO-3 engine, saved by it, in again, two steps more: the run that nobody interrupted."""
     tree = {
@@ -146,7 +127,7 @@ def test_a_run_goes_through_deepspeed_and_on(
     straight, back = tmp_path / "straight", tmp_path / "back"
     shipyard("train", tmp_path / "sft.yaml", f"run_dir={straight}")
     shipyard("export", committed(straight)[2], "--to", "deepspeed", "--out", tmp_path / "universal")
-    on_ranks(ranks, "pass", tiny_model, tmp_path / "universal", tmp_path / "ds")
+    on_ranks(ranks, SCRIPT, "pass", tiny_model, tmp_path / "universal", tmp_path / "ds")
     shipyard("export", tmp_path / "ds", "--to", "checkpoint", "--out", back)
     before, after = StoredFragments(committed(straight)[2]), StoredFragments(committed(back)[2])
     for part in PARTS:

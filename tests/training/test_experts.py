@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
+from runs_for_tests import forget_after, recipe_and_run
 from safetensors.torch import load_file
 from shipyard.training import experts
 from shipyard.training.loop import train
@@ -84,9 +84,7 @@ def one_rank(tmp_path_factory, shape: Path, tiny_model: Path, chat_rows: Path) -
         "model": {"name": "scratch", "shape": str(shape), "tokenizer": str(tiny_model), "dtype": "float32"},
         "optim": {"lr": 1e-3, "weight_decay": 0.1}, "checkpoints": {"every_steps": 2},
     }  # fmt: skip
-    (folder / "r.yaml").write_text(yaml.safe_dump(tree))
-    train(load_recipe(folder / "r.yaml", [f"run_dir={folder / 'one'}"]))
-    return folder / "r.yaml", folder / "one"
+    return recipe_and_run(folder, tree)
 
 
 def biases(run: Path) -> dict[str, torch.Tensor]:
@@ -132,8 +130,7 @@ def test_biases_are_saved_restored_and_exported_in_fp32(one_rank: tuple[Path, Pa
     recipe, reference = one_rank
     again = tmp_path / "again"
     shutil.copytree(reference, again)
-    for later in ("model", "step-000004"):
-        shutil.rmtree(again / later)
+    forget_after(again, 2)
     train(load_recipe(recipe, [f"run_dir={again}"]))
     ours, wanted = (StoredFragments(run / "step-000004").whole() for run in (again, reference))
     assert all(ours[name].equal(wanted[name]) for name in wanted)

@@ -27,7 +27,7 @@ def recipe_file(path: Path, tiny_model: Path, rows: Path, **sections: object) ->
         "model": {"name": str(tiny_model), "dtype": "float32"},
         "data": {"train": str(rows)},
         "batch": {"size": 8, "micro": 3},
-        "optim": {"lr": 1e-3, "weight_decay": 0.1},
+        "optim": {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.1},  # below epsilon, Adam makes steps of rounding errors
     }
     path.write_text(yaml.safe_dump({**tree, **sections}))
     return path

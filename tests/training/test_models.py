@@ -19,6 +19,7 @@ from shipyard.training.recipe import Model, load_recipe
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CPU = torch.device("cpu")
@@ -99,7 +100,9 @@ def test_a_model_from_scratch_trains_in_one_arithmetic(family: str, shape) -> No
     model = load_model(scratch(shape(family)), trains_all=True)
     assert model.training
     assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout))
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    assert head is not None
+    assert head.weight is model.get_input_embeddings().weight
     batch = collate(documents(), True)
     first, second = (losses.target_log_probs(model, batch) for _ in range(2))
     assert first.equal(second)
@@ -131,7 +134,7 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())

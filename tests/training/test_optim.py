@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from runs_for_tests import forget_after, recipe_and_run
 from shipyard.training.init import kinds
+from shipyard.training.loop import train
 from shipyard.training.muon import UPDATE_RMS, Muon, newton_schulz
 from shipyard.training.optim import build_optimizer, learning_rate, set_learning_rate
-from shipyard.training.recipe import Optim, Recipe, parse_recipe
+from shipyard.training.recipe import Optim, Recipe, load_recipe, parse_recipe
 from shipyard.training.shard import StoredFragments
 from torch import nn
 
@@ -135,18 +136,13 @@ def test_what_cannot_work_is_refused_in_a_line(tree: dict, words: list[str]) -> 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory, tiny_model: Path, chat_rows: Path) -> tuple[Path, Path]:
     """A recipe with Muon, WSD and z-loss, and its run on one rank."""
-    from shipyard.training.loop import train
-    from shipyard.training.recipe import load_recipe
-
     folder = tmp_path_factory.mktemp("muon")
     tree = {
         "method": "sft", "steps": 4, "model": {"name": str(tiny_model), "dtype": "float32"},
         "data": {"train": str(chat_rows)}, "batch": {"size": 8, "micro": 3}, "checkpoints": {"every_steps": 2},
         "optim": {"name": "muon", "lr": 1e-3, "weight_decay": 0.1, "z_loss": 1e-2, "schedule": "wsd"},
     }  # fmt: skip
-    (folder / "r.yaml").write_text(yaml.safe_dump(tree))
-    train(load_recipe(folder / "r.yaml", [f"run_dir={folder / 'one'}"]))
-    return folder / "r.yaml", folder / "one"
+    return recipe_and_run(folder, tree)
 
 
 PARTS = ("value", "momentum_buffer", "exp_avg", "exp_avg_sq")
@@ -178,14 +174,10 @@ def test_muon_and_z_loss_on_ranks(
 
 
 def test_muon_resumes_to_the_same_bits(one_rank: tuple[Path, Path], tmp_path: Path) -> None:
-    from shipyard.training.loop import train
-    from shipyard.training.recipe import load_recipe
-
     recipe, one = one_rank
     again = tmp_path / "again"
     shutil.copytree(one, again)
-    for later in ("model", "step-000004"):
-        shutil.rmtree(again / later)
+    forget_after(again, 2)
     train(load_recipe(recipe, [f"run_dir={again}"]))
     straight, resumed = (StoredFragments(run / "step-000004") for run in (one, again))
     for part in PARTS:
@@ -203,8 +195,7 @@ def test_muon_under_zero_goes_on_from_pieces_of_another_number_of_ranks(
     for engine, ranks in (("zero1", 2), ("zero2", 3)):
         other = tmp_path / engine
         shutil.copytree(two, other)
-        shutil.rmtree(other / "step-000004")
-        shutil.rmtree(other / "model")
+        forget_after(other, 2)
         done = shipyard("train", recipe, f"run_dir={other}", "batch.micro=2", f"parallel.engine={engine}", ranks=ranks)
         assert "going on after step 2" in done.stdout
         before, after = (StoredFragments(run / "step-000004") for run in (two, other))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs_for_tests import forget_after
 from safetensors.torch import load_file
-from shipyard.training.checkpoint import committed
 from shipyard.training.loop import train
 from shipyard.training.models import load_model
 from shipyard.training.ranks import Ranks
@@ -53,13 +53,6 @@ def test_checkpoints_pass_to_rows_of_ranks_and_back(tiny_model: Path, chat_rows:
             assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) <= 1e-6, (step, part)
     norms = [[json.loads(line)["grad_norm"] for line in (folder / "log.jsonl").open()] for folder in (run, straight)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
-
-
-def forget_after(run: Path, step: int) -> None:
-    shutil.rmtree(run / "model")
-    for later, path in committed(run).items():
-        if later > step:
-            shutil.rmtree(path)
 
 
 @pytest.mark.parametrize(
