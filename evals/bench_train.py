@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ..training.dataset import Sample, load_dataset
@@ -113,6 +114,29 @@ def fast(folder: Path) -> Workload:
     return Workload("fast", "a Llama of 12M weights from scratch, LoRA rank 16, Alpaca instructions", tree, 32)
 
 
+def card(folder: Path) -> list[Workload]:
+    """A Llama of 1.1B weights made in `folder` (Llama 3.2 1B's layers, SmolLM2's vocabulary), for a GPU: adapters, and
+    all weights."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(locate(SMOLLM2["name"]))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = {"name": str(folder), "dtype": "bfloat16", "kernels": "triton"}
+    tree = {**workloads()[0].tree, "model": model, "batch": batch(128, 64)}
+    whole = {key: value for key, value in tree.items() if key != "lora"}
+    about = "a Llama of 1.1B weights from scratch, Alpaca instructions, our Triton kernels"
+    return [
+        Workload("card-lora", f"{about}, LoRA rank 16 on every linear layer", tree, 896, 4096),
+        Workload("card-full", f"{about}, every weight trains", whole, 896, 4096),
+    ]
+
+
 def batch(size: int, micro: int) -> dict[str, Any]:
     """The recipe's batch section."""
     return {"size": size, "micro": micro, "packing": True}
@@ -121,7 +145,9 @@ def batch(size: int, micro: int) -> dict[str, Any]:
 def bench_workloads(out: Path, name: str, rounds: int, litgpt: Path | None, threads: int | None) -> str:
     """All workloads, or the one of that name, with every contestant."""
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
-        todo = [fast(Path(folder))] if name in ("all", "fast") else []
+        if name == "card" and not torch.cuda.is_available():
+            raise ValueError("--workload: card, needs a GPU and there is none; take fast, alpaca or reviews")
+        todo = card(Path(folder)) if name == "card" else [fast(Path(folder))] if name in ("all", "fast") else []
         todo += [workload for workload in workloads() if name in ("all", workload.name)]
         return bench_train(out, todo, tuple(CONTESTANTS), rounds, litgpt, threads)
 
@@ -259,7 +285,8 @@ INTRODUCTION = """# Training speed beside other trainers
 
 Written by `shipyard bench train`; do not edit. Each contestant trains one pass over the same rows in a process of its
 own; the table has medians of the rounds, and the order turns around from round to round. Tokens are real ones: padding
-is not counted, nor is the first step of a run. Memory is the process's high-water mark at the end of its last step.
+is not counted, nor is the first step of a run. Memory is the process's high-water mark at the end of its last step, on
+a GPU what torch's allocator took of the card's.
 Tokens per CPU second hardly depend on what else the machine does; tokens per second do. Ours has the memory allocator
 that `shipyard train` sets up; every trainer has its own defaults.
 """
@@ -335,8 +362,8 @@ def machine() -> str:
             model = line.partition(":")[2].strip()
             break
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    import torch
-
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     return f"{model} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {memory:.0f} GiB"
 
 

@@ -46,7 +46,8 @@ def _model(work: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, work["dtype"]))
+    dtype = getattr(torch, work["dtype"]) if work["lora_rank"] else torch.float32  # what trains is fp32, autocast
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
     if not work["lora_rank"]:
         return model
     adapters = LoraConfig(
@@ -60,10 +61,11 @@ def _arguments(work: dict[str, Any], micro: int, rows_of_a_step: float) -> dict[
     """What both of Hugging Face's trainers are told."""
     return {
         "output_dir": str(Path(work["folder"]) / "hf-out"), "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": max(1, round(rows_of_a_step / micro)), "num_train_epochs": 1, "use_cpu": True,
+        "gradient_accumulation_steps": max(1, round(rows_of_a_step / micro)), "num_train_epochs": 1,
+        "use_cpu": not torch.cuda.is_available(),
         "learning_rate": work["lr"], "lr_scheduler_type": "constant", "weight_decay": 0.0, "seed": work["seed"],
-        "bf16": False, "save_strategy": "no", "report_to": "none", "gradient_checkpointing": False,
-        "disable_tqdm": True, "logging_steps": 1,
+        "bf16": work["dtype"] == "bfloat16", "save_strategy": "no", "report_to": "none",
+        "gradient_checkpointing": False, "disable_tqdm": True, "logging_steps": 1,
     }  # fmt: skip
 
 

@@ -39,13 +39,15 @@ class Meter:
             self.tokens += int((inputs[0] != self.padding_id).sum())
 
     def _stepped(self, optimizer: Any, arguments: Any, named: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the step is over when the card says so
         usage = resource.getrusage(resource.RUSAGE_SELF)
         self.real.append(self.tokens)
         self.steps.append(
             {
                 "at_s": time.perf_counter(),
                 "cpu_s": usage.ru_utime + usage.ru_stime,
-                "memory_gib": usage.ru_maxrss / 2**20,
+                "memory_gib": peak_bytes(usage.ru_maxrss * 1024) / 2**30,
                 "tokens": self.tokens,
                 "computed": self.computed,
             }
@@ -54,6 +56,11 @@ class Meter:
         self.file.write_text(json.dumps(self.steps), encoding="utf-8")
         if self.enough(self.real):
             self.stop()
+
+
+def peak_bytes(process: int) -> int:
+    """The high-water mark of what is scarce: the card's memory where there is one, as its allocator reserved it."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else process
 
 
 def leave() -> None:

@@ -80,7 +80,7 @@ def run_all_ways(
         with CardProducts():
             outs = function(*leaves, *extras)
             outs = outs if isinstance(outs, tuple) else (outs,)
-            seeds = seeds or [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
+            seeds = seeds or [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outs]
             grads = [s.to(o.dtype) for s, o in zip(seeds, outs, strict=True)]
             results.append([o.detach() for o in outs])
             if backward:

@@ -12,7 +12,7 @@ def probabilities(s, row_lse, row_inverse, C: tl.constexpr, C_LOW: tl.constexpr,
                   COMPUTE: tl.constexpr):  # fmt: skip
     """Scores to softmax; the row terms broadcast against `s`."""
     if EXACT:
-        return raise_two(s - row_lse, C, C_LOW, COMPUTE) * row_inverse
+        return raise_two(s - row_lse, C, C_LOW, True, COMPUTE) * row_inverse
     return tl.exp2(tl.fma(s, tl.full([1, 1], C, COMPUTE), -row_lse))
 
 

@@ -37,8 +37,11 @@ def tanh(x, COMPUTE: tl.constexpr):
 
 
 @jit
-def raise_two(x, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr):
-    """2 ** (x * C) for x <= 0 with the rounding of x * C and of C itself made good: half an ulp beside exp2's own."""
+def raise_two(x, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, COMPUTE: tl.constexpr):
+    """2 ** (x * C) for x <= 0; EXACT makes good the rounding of x * C and of C itself: half an ulp beside exp2's own.
+    Zero gives one to the last bit either way."""
+    if not EXACT:
+        return tl.exp2(x * C)
     x = tl.maximum(x, -1e30)  # -inf would make the correction NaN
     power = x * C
     lost = tl.fma(x, tl.full(x.shape, C, COMPUTE), -power) + x * C_LOW
@@ -135,7 +138,8 @@ def forward_tiles(
     MASKED: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Runs key tiles [low, high) through the online softmax; `top` is the row maximum, `total` the denominator.
+    """Runs key tiles [low, high) through the online softmax; `total` is the denominator, `top` the row maximum, times C
+    where not EXACT.
 
     MASKED hides scores, EDGE also guards loads where a tile may pass the last key.
     """
@@ -151,20 +155,21 @@ def forward_tiles(
             k2 = load_rows(k_tile, columns, key_length - n, k_t, D2, D1, EDGE)
             s = add_product(s, q2, tl.trans(k2), EXACT, PRECISION, COMPUTE)
         if SOFTCAP:
-            s = CAP * tanh(s * INNER, COMPUTE)
+            # an fma, whose result no compiler folds into what comes next: one loop would round otherwise than another
+            s = tl.fma(tanh(s * INNER, COMPUTE), tl.full([1, 1], CAP, COMPUTE), tl.zeros([1, 1], COMPUTE))
         if MASKED:
             s = tl.where(visible(last - n, columns[None, :], key_length - n, window, CAUSAL, WINDOW), s, float("-inf"))
-        top_new = tl.maximum(top, tl.max(s, 1))
+        highest = tl.max(s, 1)
+        top_new = tl.maximum(top, highest if EXACT else highest * C)
         shift = top_new
         if MASKED:
             shift = tl.where(top_new == float("-inf"), 0.0, shift)  # a row that has seen no key yet
         if EXACT:
-            p = raise_two(s - shift[:, None], C, C_LOW, COMPUTE)
-            fade = tl.reshape(raise_two((top - shift)[:, None], C, C_LOW, COMPUTE), [BM])
-        else:
-            shift = shift * C
+            p = raise_two(s - shift[:, None], C, C_LOW, True, COMPUTE)
+            fade = tl.reshape(raise_two((top - shift)[:, None], C, C_LOW, True, COMPUTE), [BM])
+        else:  # a tile that moves no maximum fades by one to the last bit: a fused top * C - shift would not
             p = tl.exp2(tl.fma(s, c[None, :], -shift[:, None]))
-            fade = tl.exp2(tl.fma(top, c, -shift))
+            fade = tl.exp2(top - shift)
         total = tl.fma(total, fade, tl.sum(p, 1))
         top = top_new
         p = p.to(v.dtype.element_ty)
@@ -210,7 +215,9 @@ def attention_kernel(
     top = tl.full([BM], float("-inf"), COMPUTE)
     total = tl.zeros([BM], COMPUTE)
     if SINKS:  # a key that everyone sees and that carries no value
-        top = tl.zeros([BM], COMPUTE) + tl.load(sinks + head).to(COMPUTE) * 1.4426950408889634 / C
+        top = tl.zeros([BM], COMPUTE) + tl.load(sinks + head).to(COMPUTE) * 1.4426950408889634
+        if EXACT:
+            top = top / C
         total += 1.0
     low, plain, plain_end, edge, high = key_bounds(m0, k_length, offset, window, BM, BN, CAUSAL, WINDOW)
     if m0 >= q_length:
@@ -245,7 +252,7 @@ def attention_kernel(
         tl.store(lse + at, tl.where(seen, top, float("inf")), mask=rows < q_length)
         tl.store(inverse_total + at, inverse, mask=rows < q_length)
     else:
-        row_lse = tl.where(seen, tl.fma(top, tl.full([1], C, COMPUTE), tl.log2(total)), float("inf"))
+        row_lse = tl.where(seen, top + tl.log2(total), float("inf"))
         tl.store(lse + at, row_lse, mask=rows < q_length)
 
 

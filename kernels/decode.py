@@ -81,7 +81,7 @@ def join_heads(width: int) -> int:
 def decode_kernel(
     q, k, v, page_table, lengths, parts, tops, totals, pages, splits, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, SPLIT: tl.constexpr,
-    BN: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr,
+    BN: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program makes one split of one key head of one sequence, for all query heads of the group at once."""
     row = tl.program_id(0).to(tl.int64)
@@ -107,8 +107,8 @@ def decode_kernel(
                    out_dtype=COMPUTE)  # fmt: skip
         s = tl.where(inside[None, :], s, float("-inf"))
         top_new = tl.maximum(top, tl.max(s, 1))
-        p = raise_two(s - top_new[:, None], C, C_LOW, COMPUTE)
-        fade = raise_two(top - top_new, C, C_LOW, COMPUTE)
+        p = raise_two(s - top_new[:, None], C, C_LOW, EXACT, COMPUTE)
+        fade = raise_two(top - top_new, C, C_LOW, EXACT, COMPUTE)
         total = total * fade + tl.sum(p, 1)
         values = tl.load(v + at, mask=inside[:, None], other=0.0)
         p = p.to(v.dtype.element_ty)
@@ -124,7 +124,7 @@ def decode_kernel(
 @jit
 def join_kernel(
     parts, tops, totals, lengths, out, splits, HEADS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr,
+    SPLIT: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of TILE heads of one sequence, each head by itself, first split to last."""
     row = tl.program_id(0).to(tl.int64)
@@ -140,8 +140,8 @@ def join_kernel(
         part = head * splits + split
         part_top = tl.load(tops + part, mask=live, other=0.0)
         top_new = tl.maximum(top, part_top)
-        fade = raise_two(top - top_new, C, C_LOW, COMPUTE)
-        weight = raise_two(part_top - top_new, C, C_LOW, COMPUTE)
+        fade = raise_two(top - top_new, C, C_LOW, EXACT, COMPUTE)
+        weight = raise_two(part_top - top_new, C, C_LOW, EXACT, COMPUTE)
         values = tl.load(parts + part[:, None] * WIDTH + d[None, :], mask=live[:, None], other=0.0)
         acc = acc * fade[:, None] + values * weight[:, None]
         total = total * fade + tl.load(totals + part, mask=live, other=0.0) * weight

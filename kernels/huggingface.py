@@ -1,7 +1,7 @@
 """Plugs the kernels into a transformers model, and takes them out again.
 
 `plug(model)` is the one call. It gives the PyTorch path, in which a packed row costs one SDPA call per document instead
-of a T x T block mask, or on a GPU, where asked for, the Triton kernels.
+of a T x T block mask, or on a GPU that has run them, or where asked for, the Triton kernels.
 
 Shape suffixes: B rows, T tokens, H query heads, G key/value heads, D head width, E value width.
 """
@@ -21,16 +21,27 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from .attention import WIDTHS, flash_attention
-from .jit import need_triton
-from .linear_cross_entropy import linear_cross_entropy
+from .jit import HAS_TRITON, architecture, need_triton
+from .linear_cross_entropy import linear_cross_entropy, token_log_probs
 from .rms_norm import rms_norm
 from .rope import rope
 from .swiglu import swiglu
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "gpt2")
 TORCH_ATTENTION, TRITON_ATTENTION = "shipyard_torch", "shipyard_triton"
+
+
+PROVEN_CARDS = ("sm_90",)
+"""Architectures on which `shipyard verify kernels` ran on a real card (docs/kernels.md says which), and a model learned
+the same with the kernels and without."""
+
+
+def is_proven(device: torch.device) -> bool:
+    """Whether `auto` takes the Triton kernels for weights there."""
+    return device.type == "cuda" and HAS_TRITON and architecture(device) in PROVEN_CARDS
 
 
 class SharedRows(Protocol):
@@ -59,9 +70,9 @@ class Plug:
 def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto") -> Plug:
     """Puts the kernels into `model` (also when PEFT wraps it), in place. Same numbers, less time and memory.
 
-    `triton` needs the weights on a GPU. `auto` is the PyTorch path everywhere for now: the Triton kernels are proven in
-    the interpreter and by their machine code, but no card has run them yet, and a training run must not be the first.
-    A model type that is not in `MODEL_TYPES` is left as it is under `auto` (the Plug then has no parts) and is an error
+    `triton` needs the weights on a GPU. `auto` takes it for weights on a card of `PROVEN_CARDS`, and PyTorch elsewhere:
+    a training run must not be the first to try kernels on a card. A model type that is not in `MODEL_TYPES` is left as
+    it is under `auto` (the Plug then has no parts) and is an error
     when a path was asked for.
     """
     if kernels not in ("auto", "torch", "triton"):
@@ -76,7 +87,7 @@ def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "
     weight = next(base.parameters())
     if kernels == "triton":
         need_triton(weight)
-    plugged = Plug("triton" if kernels == "triton" else "torch", ())
+    plugged = Plug("triton" if kernels == "triton" or (kernels == "auto" and is_proven(weight.device)) else "torch", ())
     _plug_attention(base, plugged)
     if plugged.path == "triton":
         _plug_rope(base, plugged)
@@ -151,23 +162,66 @@ def mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
 
 
-def causal_lm_forward(base: Any, *args, labels: torch.Tensor | None = None, **kwargs):
-    """ForCausalLM.forward; with labels the loss comes without logits (None), computed at supervised tokens only.
+@dataclass
+class TokenTerms(ModelOutput):
+    """What a call with `targets` returns: log p of each and log Z of its softmax, fp32, (N,) both."""
+
+    log_p_N: torch.Tensor | None = None
+    log_z_N: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens to predict, (N,), and from which of the kept columns: `rows_N` counts through rows, then columns."""
+
+    rows_N: torch.Tensor
+    ids_N: torch.Tensor
+
+
+def spares_logits(model: torch.nn.Module) -> bool:
+    """Whether a call may name `targets`: the head's kernel is plugged in, and its weight is whole and here."""
+    for base in model.modules():
+        if isinstance(base, PreTrainedModel) and hasattr(base, "lm_head"):
+            plugged = base.config._attn_implementation == TRITON_ATTENTION and "forward" in vars(base)
+            return plugged and _head_is_here(base)
+    return False
+
+
+def _head_is_here(base: Any) -> bool:
+    """ZeRO-3 and FSDP scatter the weight, and an adapter has more than one."""
+    weight = base.lm_head.weight
+    elsewhere = weight.numel() == 0 or isinstance(weight, DTensor) or hasattr(weight, "ds_id")
+    return not elsewhere and type(base.lm_head) is torch.nn.Linear
+
+
+def _terms(base: Any, targets: Targets, *args, logits_to_keep: torch.Tensor, **kwargs) -> TokenTerms:
+    """Both numbers of each target, in the dtype in which the head would have multiplied."""
+    hidden_BKD = base.base_model(*args, **kwargs).last_hidden_state[:, logits_to_keep]
+    kind, weight_VD = hidden_BKD.device.type, base.lm_head.weight
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
+    hidden_ND = hidden_BKD.reshape(-1, hidden_BKD.shape[-1])[targets.rows_N]
+    return TokenTerms(*token_log_probs(hidden_ND.to(dtype), weight_VD.to(dtype), targets.ids_N))
+
+
+def causal_lm_forward(base: Any, *args, labels: torch.Tensor | None = None, targets: Targets | None = None, **kwargs):
+    """ForCausalLM.forward; with labels the loss comes without logits (None), computed at supervised tokens only, and
+    with `targets` (see `spares_logits`) so do their log-probabilities.
 
     As transformers does, it shifts the labels, takes -100 as ignored and divides by `num_items_in_batch`, or by the
     supervised tokens. A head whose weight is elsewhere (ZeRO-3, FSDP) keeps the stock code.
     """
+    if targets is not None:
+        return _terms(base, targets, *args, **kwargs)
     weight, stock = base.lm_head.weight, type(base).forward
-    elsewhere = weight.numel() == 0 or isinstance(weight, DTensor) or hasattr(weight, "ds_id")
-    if labels is None or elsewhere or type(base.lm_head) is not torch.nn.Linear:
+    if labels is None or not _head_is_here(base):
         return stock(base, *args, **kwargs) if labels is None else stock(base, *args, labels=labels, **kwargs)
-    items, targets = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
-    if targets is None:
-        targets = F.pad(labels[..., 1:], (0, 1), value=-100)
+    items, shifted = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+    if shifted is None:
+        shifted = F.pad(labels[..., 1:], (0, 1), value=-100)
     kwargs.pop("logits_to_keep", None)
     outputs = base.base_model(*args, **kwargs)
-    live = targets != -100
-    loss, _ = linear_cross_entropy(outputs.last_hidden_state[live], weight, targets[live])
+    live = shifted != -100
+    loss, _ = linear_cross_entropy(outputs.last_hidden_state[live], weight, shifted[live])
     mean: Any = loss / (live.sum() if items is None else items)
     return CausalLMOutputWithPast(
         loss=mean, logits=None, past_key_values=outputs.past_key_values,

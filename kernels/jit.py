@@ -76,8 +76,10 @@ def cdiv(count: int, step: int) -> int:
 
 
 def exponent(dtype: torch.dtype, factor: float = 1.0) -> dict[str, Any]:
-    """Arguments that make `raise_two` e ** (factor * x): a factor to base 2, what fp32 loses of it, and the type."""
+    """Arguments that make `raise_two` e ** (factor * x): a factor to base 2, what fp32 loses of it, whether last bits
+    matter (where the result is rounded to half a word they do not), and the type."""
     c = factor / math.log(2.0)
     wide = dtype == torch.float64
     low = 0.0 if wide else c - struct.unpack("f", struct.pack("f", c))[0]
-    return dict(C=c, C_LOW=low, COMPUTE=tl.float64 if wide else tl.float32)
+    exact = dtype in (torch.float32, torch.float64)
+    return dict(C=c, C_LOW=low if exact else 0.0, EXACT=exact, COMPUTE=tl.float64 if wide else tl.float32)

@@ -1,8 +1,9 @@
 """Cross-entropy of a linear head without its logits, forward and backward (Wijmans et al. 2024, arXiv:2411.09009).
 
-Shape suffixes: T tokens, D model width, V vocabulary rows of this rank, C chunk of tokens. The forward kernel stores
-two numbers a token; the backward pass and the PyTorch path hold one (C, V) tile at a time, never (T, V). With `group`
-the head is split by rows over its ranks.
+Shape suffixes: T tokens, D model width, V vocabulary rows of this rank, C chunk of tokens, S splits of the vocabulary.
+The forward kernel cuts the vocabulary every SPLIT_ROWS rows, whatever the batch, so that few tokens fill a card too,
+and stores three numbers a token and split; the backward pass and the PyTorch path hold one (C, V) tile at a time, never
+(T, V). With `group` the head is split by rows over its ranks.
 """
 
 from typing import Any, NamedTuple
@@ -12,11 +13,34 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from .attention_tiles import raise_two, tanh_series
-from .jit import cdiv, exponent, jit, tl, use_triton
+from .jit import architecture, cdiv, exponent, jit, tl, use_triton
 
 IGNORE = -100
 CHUNK_TOKENS = 256
-LOGIT_TILE = (64, 64, 64)  # tokens, vocabulary rows and width of one step
+CHUNK_LOGITS = (
+    1 << 27
+)  # of a chunk on a card: 256 MiB of bf16, so that the head's gradient is added up a few times only
+SPLIT_ROWS = 8192
+JOIN_TOKENS = 1024  # per program of four warps: a 128-bit access for each thread, of 64 a warp too
+
+
+class LogitTile(NamedTuple):
+    """Tokens, vocabulary rows and width of one step; warps, and software-pipeline stages."""
+
+    tokens: int
+    rows: int
+    width: int
+    warps: int
+    stages: int
+
+
+def logit_tile_of(arch: str, dtype: torch.dtype) -> LogitTile:
+    """The configuration, a plain function of the architecture and dtype."""
+    if dtype in (torch.float32, torch.float64):  # shorter chains of sums round less
+        return LogitTile(64, 64, 32, 4, 2 if arch.startswith("gfx") else 3)
+    if arch == "sm_90":
+        return LogitTile(128, 256, 64, 8, 3)
+    return LogitTile(64, 64, 64, 4, 2 if arch.startswith("gfx") else 3)
 
 
 class Head(NamedTuple):
@@ -97,10 +121,11 @@ class _TokenLogProbs(torch.autograd.Function):
         hit_T = torch.where(live_T, dlog_p_T, 0.0)
         soft_T = torch.where(live_T, dlse_T - dlog_p_T, 0.0)
         run = _backward_triton if use_triton(x_TD) else _backward_torch
-        dx_TD, dweight_VD = run(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, ctx.head.softcap)
+        trains = ctx.needs_input_grad[1]
+        dx_TD, dweight_VD = run(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, ctx.head.softcap, trains)
         if ctx.head.group is not None:
             dist.all_reduce(dx_TD, group=ctx.head.group)
-        return dx_TD.to(x_TD.dtype), dweight_VD.to(weight_VD.dtype), None, None
+        return dx_TD.to(x_TD.dtype), None if dweight_VD is None else dweight_VD.to(weight_VD.dtype), None, None
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -130,9 +155,8 @@ def _forward_torch(x_TD, weight_VD, ids_T, softcap):
     return torch.cat([empty, *picked]), lse_T, torch.zeros_like(lse_T)
 
 
-def _backward_torch(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softcap):
-    dx_TD = torch.zeros(x_TD.shape, dtype=_wide(x_TD), device=x_TD.device)
-    dweight_VD = torch.zeros(weight_VD.shape, dtype=_wide(x_TD), device=x_TD.device)
+def _backward_torch(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softcap, trains: bool):
+    dx_TD, dweight_VD = torch.zeros(x_TD.shape, dtype=_wide(x_TD), device=x_TD.device), None
     for start in range(0, x_TD.shape[0], CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         logits_CV, slope_CV = _logits(x_TD[part], weight_VD, softcap)
@@ -142,51 +166,65 @@ def _backward_torch(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softca
         grad_CV.scatter_add_(1, at_C1, torch.where(inside_C, hit_T[part], 0.0)[:, None])
         grad_CV = (grad_CV if slope_CV is None else grad_CV * slope_CV).to(x_TD.dtype)
         dx_TD[part] = torch.matmul(grad_CV, weight_VD)
-        dweight_VD += torch.matmul(grad_CV.T, x_TD[part])
-    return dx_TD, dweight_VD
+        if trains:
+            dweight_VD = _added(dweight_VD, torch.matmul(grad_CV.T, x_TD[part]))
+    return dx_TD, torch.zeros_like(weight_VD) if trains and dweight_VD is None else dweight_VD
 
 
-def _switches(x_TD, weight_VD, softcap) -> dict[str, Any]:
-    tokens, rows, width = LOGIT_TILE
-    width = width // 2 if x_TD.dtype == torch.float32 else width  # shorter chains of sums round less
+def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """The sum of the chunks' gradients, in fp32 where there are several; one alone needs no pass over the head."""
+    return part if total is None else total.to(_wide(part)).add_(part)
+
+
+def _switches(x_TD, softcap) -> dict[str, Any]:
+    tile = logit_tile_of(architecture(x_TD.device), x_TD.dtype)
     cap = softcap or 1.0
     bend = exponent(x_TD.dtype, 2.0 / cap)
     return dict(
-        WIDTH=x_TD.shape[1], CAP=cap, SOFTCAP=softcap is not None, BT=tokens, BV=rows, BD=width, PRECISION="ieee",
-        CAP_C=bend["C"], CAP_C_LOW=bend["C_LOW"], num_warps=4, **exponent(x_TD.dtype),
+        WIDTH=x_TD.shape[1], CAP=cap, SOFTCAP=softcap is not None, BT=tile.tokens, BV=tile.rows, BD=tile.width,
+        PRECISION="ieee", CAP_C=bend["C"], CAP_C_LOW=bend["C_LOW"], num_warps=tile.warps, num_stages=tile.stages,
+        **exponent(x_TD.dtype),
     )  # fmt: skip
 
 
 def _forward_triton(x_TD, weight_VD, ids_T, softcap):
     x_TD, weight_VD = x_TD.contiguous(), weight_VD.contiguous()
-    picked_T, lse_T, lost_T = (torch.zeros(x_TD.shape[0], dtype=_wide(x_TD), device=x_TD.device) for _ in range(3))
-    if x_TD.shape[0]:
-        log_prob_kernel[(cdiv(x_TD.shape[0], LOGIT_TILE[0]),)](
-            x_TD, weight_VD, ids_T, picked_T, lse_T, lost_T, *x_TD.shape[:1], *weight_VD.shape[:1],
-            **_switches(x_TD, weight_VD, softcap),
+    tokens, vocabulary = x_TD.shape[0], weight_VD.shape[0]
+    splits, switches = cdiv(vocabulary, SPLIT_ROWS), _switches(x_TD, softcap)
+    stride = cdiv(tokens, 16) * 16  # rows of 128-bit accesses
+    picked, lse, lost = (torch.empty(stride, dtype=_wide(x_TD), device=x_TD.device) for _ in range(3))
+    tops, totals, found = (lse.new_empty(splits, stride) for _ in range(3))
+    if tokens:
+        log_prob_kernel[(cdiv(tokens, switches["BT"]), splits)](
+            x_TD, weight_VD, ids_T, tops, totals, found, tokens, vocabulary, stride, SPLIT=SPLIT_ROWS, **switches
+        )
+        join_log_probs_kernel[(cdiv(tokens, JOIN_TOKENS),)](
+            tops, totals, found, picked, lse, lost, splits, stride, BT=JOIN_TOKENS, num_warps=4,
+            **exponent(x_TD.dtype),
         )  # fmt: skip
-    return picked_T, lse_T, lost_T
+    return picked[:tokens], lse[:tokens], lost[:tokens]
 
 
-def _backward_triton(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softcap):
+def _backward_triton(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softcap, trains: bool):
     """Each chunk of tokens makes its (C, V) gradient in one kernel,
     then two dense products: cuBLAS is best at those."""
     x_TD, weight_VD = x_TD.contiguous(), weight_VD.contiguous()
-    vocabulary = weight_VD.shape[0]
-    dx_TD = torch.zeros(x_TD.shape, dtype=_wide(x_TD), device=x_TD.device)
-    dweight_VD = torch.zeros(weight_VD.shape, dtype=_wide(x_TD), device=x_TD.device)
-    for start in range(0, x_TD.shape[0], CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    vocabulary, switches = weight_VD.shape[0], _switches(x_TD, softcap)
+    dx_TD, dweight_VD = torch.zeros(x_TD.shape, dtype=_wide(x_TD), device=x_TD.device), None
+    chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary // switches["BT"] * switches["BT"])
+    for start in range(0, x_TD.shape[0], chunk):
+        part = slice(start, start + chunk)
         count = x_TD[part].shape[0]
         grad_CV = torch.empty(count, vocabulary, dtype=x_TD.dtype, device=x_TD.device)
-        logit_gradient_kernel[(cdiv(count, LOGIT_TILE[0]), cdiv(vocabulary, LOGIT_TILE[1]))](
+        logit_gradient_kernel[(cdiv(count, switches["BT"]), cdiv(vocabulary, switches["BV"]))](
             x_TD[part], weight_VD, ids_T[part], lse_T[part], lost_T[part], hit_T[part].contiguous(),
             soft_T[part].contiguous(), grad_CV,
-            count, vocabulary, **_switches(x_TD, weight_VD, softcap),
+            count, vocabulary, **switches,
         )  # fmt: skip
         dx_TD[part] = torch.matmul(grad_CV, weight_VD)
-        dweight_VD += torch.matmul(grad_CV.T, x_TD[part])
-    return dx_TD, dweight_VD
+        if trains:
+            dweight_VD = _added(dweight_VD, torch.matmul(grad_CV.T, x_TD[part]))
+    return dx_TD, torch.zeros_like(weight_VD) if trains and dweight_VD is None else dweight_VD
 
 
 @jit
@@ -194,7 +232,7 @@ def logit_tile(
     x, weight, t, v, tokens, vocabulary,
     WIDTH: tl.constexpr, CAP: tl.constexpr, CAP_C: tl.constexpr,
     CAP_C_LOW: tl.constexpr, SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One (BT, BV) tile of logits, accumulated in COMPUTE, and the slope of their softcap; `t` and `v` are 64-bit."""
     logits = tl.zeros([BT, BV], COMPUTE)
@@ -210,7 +248,7 @@ def logit_tile(
     slope = logits
     if SOFTCAP:  # cap * tanh(x / cap) with one rounding; 1 - tanh^2 without its cancellation
         x_abs = tl.abs(logits)
-        fall = raise_two(-x_abs, CAP_C, CAP_C_LOW, COMPUTE)  # e^(-2 |x| / cap)
+        fall = raise_two(-x_abs, CAP_C, CAP_C_LOW, EXACT, COMPUTE)  # e^(-2 |x| / cap)
         gap = 2.0 * fall / (1.0 + fall)  # 1 - tanh
         slope = gap * (2.0 - gap)
         far = tl.fma(gap, tl.full([1, 1], -CAP, COMPUTE), tl.full([1, 1], CAP, COMPUTE))
@@ -226,32 +264,60 @@ def logit_tile(
 
 @jit
 def log_prob_kernel(
-    x, weight, ids, picked, lse, lost, tokens, vocabulary,
+    x, weight, ids, tops, totals, found, tokens, vocabulary, stride,
     WIDTH: tl.constexpr, CAP: tl.constexpr, CAP_C: tl.constexpr,
     CAP_C_LOW: tl.constexpr, SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One program sweeps the vocabulary for BT tokens with an online softmax; `lost` is what rounding takes from lse,
-    which is large where log p and p are wanted to the last digit."""
+    """One program sweeps one split of the vocabulary for BT tokens: their largest logit there, the sum of exponentials
+    below it, and the target's logit if it is one of these rows, else zero."""
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    split = tl.program_id(1)
     target = tl.load(ids + t, mask=t < tokens, other=-1)
     top = tl.full([BT], float("-inf"), COMPUTE)
     total = tl.zeros([BT], COMPUTE)
-    found = tl.zeros([BT], COMPUTE)
-    for first in range(0, vocabulary, BV):
+    hit = tl.zeros([BT], COMPUTE)
+    for first in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocabulary), BV):
         v = (first + tl.arange(0, BV)).to(tl.int64)
         logits, _ = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, CAP_C, CAP_C_LOW, SOFTCAP, BT, BV, BD,
-                                  PRECISION, COMPUTE)  # fmt: skip
-        found += tl.sum(tl.where(target[:, None] == v[None, :], logits, 0.0), 1)
+                                  PRECISION, EXACT, COMPUTE)  # fmt: skip
+        hit += tl.sum(tl.where(target[:, None] == v[None, :], logits, 0.0), 1)
         logits = tl.where((v < vocabulary)[None, :], logits, float("-inf"))
         top_new = tl.maximum(top, tl.max(logits, 1))
-        fade = raise_two(top - top_new, C, C_LOW, COMPUTE)
-        total = total * fade + tl.sum(raise_two(logits - top_new[:, None], C, C_LOW, COMPUTE), 1)
+        fade = raise_two(top - top_new, C, C_LOW, EXACT, COMPUTE)
+        total = total * fade + tl.sum(raise_two(logits - top_new[:, None], C, C_LOW, EXACT, COMPUTE), 1)
         top = top_new
-    tl.store(picked + t, found, mask=t < tokens)
+    at = split * stride + t
+    tl.store(tops + at, top, mask=t < stride)
+    tl.store(totals + at, total, mask=t < stride)
+    tl.store(found + at, hit, mask=t < stride)
+
+
+@jit
+def join_log_probs_kernel(
+    tops, totals, found, picked, lse, lost, splits, stride,
+    BT: tl.constexpr, COMPUTE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of BT tokens, first to last; `lost` is what rounding takes from lse, which is large where log p
+    and p are wanted to the last digit."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    live = t < stride
+    top = tl.full([BT], float("-inf"), COMPUTE)
+    total = tl.zeros([BT], COMPUTE)
+    hit = tl.zeros([BT], COMPUTE)
+    for split in range(0, splits):
+        at = split * stride + t
+        part_top = tl.load(tops + at, mask=live, other=0.0)
+        top_new = tl.maximum(top, part_top)
+        total = total * raise_two(top - top_new, C, C_LOW, EXACT, COMPUTE)
+        total += tl.load(totals + at, mask=live, other=1.0) * raise_two(part_top - top_new, C, C_LOW, EXACT, COMPUTE)
+        hit += tl.load(found + at, mask=live, other=0.0)
+        top = top_new
     rest = tl.log(total)
-    tl.store(lse + t, top + rest, mask=t < tokens)
-    tl.store(lost + t, top - (top + rest) + rest, mask=t < tokens)
+    tl.store(picked + t, hit, mask=live)
+    tl.store(lse + t, top + rest, mask=live)
+    tl.store(lost + t, top - (top + rest) + rest, mask=live)
 
 
 @jit
@@ -259,16 +325,17 @@ def logit_gradient_kernel(
     x, weight, ids, lse, lost, hit, soft, grad, tokens, vocabulary,
     WIDTH: tl.constexpr, CAP: tl.constexpr, CAP_C: tl.constexpr,
     CAP_C_LOW: tl.constexpr, SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logit of one tile, recomputing its logits: hit where the target is, soft * p everywhere."""
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     v = (tl.program_id(1) * BV + tl.arange(0, BV)).to(tl.int64)
     logits, slope = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, CAP_C, CAP_C_LOW, SOFTCAP, BT, BV, BD,
-                                PRECISION, COMPUTE)  # fmt: skip
+                                PRECISION, EXACT, COMPUTE)  # fmt: skip
     live = t < tokens
     rounding = tl.load(lost + t, mask=live, other=0.0)[:, None]
-    p = raise_two(logits - tl.load(lse + t, mask=live, other=float("inf"))[:, None] - rounding, C, C_LOW, COMPUTE)
+    below = logits - tl.load(lse + t, mask=live, other=float("inf"))[:, None] - rounding
+    p = raise_two(below, C, C_LOW, EXACT, COMPUTE)
     out = p * tl.load(soft + t, mask=live, other=0.0)[:, None]
     is_target = tl.load(ids + t, mask=live, other=-1)[:, None] == v[None, :]
     out = tl.where(is_target, out + tl.load(hit + t, mask=live, other=0.0)[:, None], out)

@@ -7,7 +7,7 @@ import torch
 
 from .jit import cdiv, jit, next_power_of_2, tl, use_triton
 
-ROWS_PER_PARTIAL = 64  # rows whose weight gradient one program adds up, in order: no atomics
+ROWS_PER_PARTIAL = 16  # rows whose weight gradient one program adds up, in order: no atomics; several programs an SM
 
 
 def rms_norm_reference(x, weight_D, eps: float, residual=None):
@@ -44,11 +44,12 @@ class _RmsNorm(torch.autograd.Function):
         y_TD = torch.empty_like(x_TD)
         s_TD = x_TD if residual is None else torch.empty_like(x_TD)
         compute = tl.float64 if x.dtype == torch.float64 else tl.float32
+        exact = x.dtype in (torch.float32, torch.float64)
         rstd_T = torch.empty(rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
         if rows:
             rms_norm_kernel[(rows,)](
                 x_TD, residual_TD, weight_D, y_TD, s_TD, rstd_T, eps, WIDTH=width, BLOCK=next_power_of_2(width),
-                RESIDUAL=residual is not None, COMPUTE=compute, num_warps=norm_warps(width),
+                RESIDUAL=residual is not None, EXACT=exact, COMPUTE=compute, num_warps=norm_warps(width),
             )  # fmt: skip
         ctx.save_for_backward(s_TD, weight_D, rstd_T)
         ctx.has_residual = residual is not None
@@ -69,7 +70,7 @@ class _RmsNorm(torch.autograd.Function):
         if rows:
             rms_norm_backward_kernel[(partials,)](
                 dy_TD, ds_TD, s_TD, weight_D, rstd_T, dx_TD, dw_PD, rows, WIDTH=width, BLOCK=next_power_of_2(width),
-                ROWS=ROWS_PER_PARTIAL, RESIDUAL=ctx.has_residual,
+                ROWS=ROWS_PER_PARTIAL, RESIDUAL=ctx.has_residual, EXACT=dy.dtype in (torch.float32, torch.float64),
                 COMPUTE=tl.float64 if dy.dtype == torch.float64 else tl.float32, num_warps=norm_warps(width),
             )  # fmt: skip
         dx = dx_TD.view(dy.shape)
@@ -84,7 +85,7 @@ def norm_warps(width: int) -> int:
 @jit
 def rms_norm_kernel(
     x, residual, weight, y, s_out, rstd, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, EXACT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -95,6 +96,12 @@ def rms_norm_kernel(
         s = s + tl.load(residual + row * WIDTH + d, mask=inside, other=0.0).to(COMPUTE)
         tl.store(s_out + row * WIDTH + d, s.to(kind), mask=inside)
         s = s.to(kind).to(COMPUTE)  # norm what the next layer will read
+    w = tl.load(weight + d, mask=inside, other=0.0).to(COMPUTE)
+    if not EXACT:  # the result is rounded to half a word
+        r = 1.0 / tl.sqrt(tl.sum(s * s, 0) / WIDTH + eps)
+        tl.store(rstd + row, r)
+        tl.store(y + row * WIDTH + d, (s * r * w).to(kind), mask=inside)
+        return
     nothing = tl.zeros([BLOCK], COMPUTE)
     mean = nothing + (tl.sum(s * s, 0) / WIDTH + eps)
     r = 1.0 / tl.sqrt(mean)
@@ -102,7 +109,6 @@ def rms_norm_kernel(
     # one step of Newton's method gives what the root and the division lost; the result is rounded once
     r_low = 0.5 * r * (tl.fma(-part, r, nothing + 1.0) - tl.fma(mean, r, -part) * r)
     tl.store(rstd + row, tl.max(r + r_low, 0))
-    w = tl.load(weight + d, mask=inside, other=0.0).to(COMPUTE)
     x_hat = s * r
     low = tl.fma(s, r, -x_hat) + s * r_low
     tl.store(y + row * WIDTH + d, tl.fma(x_hat, w, low * w).to(kind), mask=inside)
@@ -111,7 +117,8 @@ def rms_norm_kernel(
 @jit
 def rms_norm_backward_kernel(
     dy, ds, s_in, weight, rstd, dx, dw, rows,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, COMPUTE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, EXACT: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (w dy - x_hat * mean(w dy x_hat)) (+ ds); each program also adds up dw over its ROWS rows."""
     program = tl.program_id(0).to(tl.int64)
@@ -132,9 +139,11 @@ def rms_norm_backward_kernel(
         wdy = w * grad
         shrink = x_hat * (tl.sum(wdy * x_hat, 0) / WIDTH)
         rest = wdy - shrink
-        back = rest - wdy
-        low = (wdy - (rest - back)) - (shrink + back) + tl.fma(w, grad, -wdy)  # what the two lines above lost
-        out = low * r
+        out = tl.zeros([BLOCK], COMPUTE)
+        if EXACT:
+            back = rest - wdy
+            low = (wdy - (rest - back)) - (shrink + back) + tl.fma(w, grad, -wdy)  # what the two lines above lost
+            out = low * r
         if RESIDUAL:
             out += tl.load(ds + at, mask=inside, other=0.0).to(COMPUTE)
         out = tl.fma(rest, r, out)

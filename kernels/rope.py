@@ -12,6 +12,8 @@ import torch
 
 from .jit import cdiv, jit, next_power_of_2, tl, use_triton
 
+HEADS_EACH = 8  # of a program: the angles of a token are read once for so many, and there are programs enough
+
 
 def inverse_frequencies(rotary_width: int, theta: float, scaling: dict[str, Any] | None = None):
     """(R,) float32 radians per position and the factor on cos and sin, for `scaling` as config.json writes it.
@@ -123,11 +125,12 @@ def _launch(q_BTHD, k_BTGD, cos_BTR, sin_BTR, interleaved: bool, sign: float):
     out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTHD, k_BTGD))
     block = rope_block(width)
     shared = 0 if cos_BTR.shape[0] == 1 else tokens * pairs
-    grid = (cdiv(tokens, block), rows, heads + k_BTGD.shape[2])
+    key_heads = k_BTGD.shape[2]
+    grid = (cdiv(tokens, block), rows, cdiv(heads + key_heads, HEADS_EACH))
     rope_kernel[grid](
         q_BTHD, k_BTGD, out_q, out_k, cos_BTR, sin_BTR, tokens, sign, shared,
         *q_BTHD.stride()[:3], *k_BTGD.stride()[:3], *out_q.stride()[:2], *out_k.stride()[:2],
-        HEADS=heads, WIDTH=width, PAIRS=pairs, PAIRS_BLOCK=next_power_of_2(pairs),
+        HEADS=heads, KEY_HEADS=key_heads, EACH=HEADS_EACH, WIDTH=width, PAIRS=pairs, PAIRS_BLOCK=next_power_of_2(pairs),
         REST_BLOCK=next_power_of_2(width - 2 * pairs), BLOCK=block, INTERLEAVED=interleaved,
         COMPUTE=tl.float64 if q_BTHD.dtype == torch.float64 else tl.float32, num_warps=4,
     )  # fmt: skip
@@ -140,29 +143,14 @@ def rope_block(width: int) -> int:
 
 
 @jit
-def rope_kernel(
-    q, k, out_q, out_k, cos, sin, tokens, sign, table_stride,
-    q_b, q_t, q_h, k_b, k_t, k_h, oq_b, oq_t, ok_b, ok_t,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, PAIRS_BLOCK: tl.constexpr,
-    REST_BLOCK: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
+def turn(
+    source, target, c, s, live,
+    WIDTH: tl.constexpr, PAIRS: tl.constexpr, PAIRS_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One program rotates BLOCK tokens of one head of q or k; 64-bit offsets, since T * H * D passes 2**31."""
-    row = tl.program_id(1).to(tl.int64)
-    head = tl.program_id(2)
-    t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    live = t < tokens
-    if head < HEADS:
-        source = q + row * q_b + t * q_t + head * q_h
-        target = out_q + row * oq_b + t * oq_t + head * WIDTH
-    else:
-        source = k + row * k_b + t * k_t + (head - HEADS) * k_h
-        target = out_k + row * ok_b + t * ok_t + (head - HEADS) * WIDTH
+    """Rotates one head of BLOCK tokens, whose rows begin at `source`, by cosines and sines of (BLOCK, PAIRS_BLOCK)."""
+    kind = target.dtype.element_ty
     r = tl.arange(0, PAIRS_BLOCK)
-    at = row * table_stride + t[:, None] * PAIRS + r[None, :]
-    inside = live[:, None] & (r < PAIRS)[None, :]
-    c = tl.load(cos + at, mask=inside, other=0.0).to(COMPUTE)
-    s = tl.load(sin + at, mask=inside, other=0.0).to(COMPUTE) * sign
-    kind = out_q.dtype.element_ty
     if INTERLEAVED:
         d = tl.arange(0, 2 * PAIRS_BLOCK)
         both = live[:, None] & (d < 2 * PAIRS)[None, :]
@@ -171,6 +159,7 @@ def rope_kernel(
         y = tl.reshape(tl.join(first * c - second * s, second * c + first * s), (BLOCK, 2 * PAIRS_BLOCK))
         tl.store(target[:, None] + d[None, :], y.to(kind), mask=both)
     else:
+        inside = live[:, None] & (r < PAIRS)[None, :]
         first = tl.load(source[:, None] + r[None, :], mask=inside, other=0.0).to(COMPUTE)
         second = tl.load(source[:, None] + (r + PAIRS)[None, :], mask=inside, other=0.0).to(COMPUTE)
         tl.store(target[:, None] + r[None, :], (first * c - second * s).to(kind), mask=inside)
@@ -179,3 +168,30 @@ def rope_kernel(
         d = 2 * PAIRS + tl.arange(0, REST_BLOCK)
         rest = live[:, None] & (d < WIDTH)[None, :]
         tl.store(target[:, None] + d[None, :], tl.load(source[:, None] + d[None, :], mask=rest), mask=rest)
+
+
+@jit
+def rope_kernel(
+    q, k, out_q, out_k, cos, sin, tokens, sign, table_stride,
+    q_b, q_t, q_h, k_b, k_t, k_h, oq_b, oq_t, ok_b, ok_t,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, EACH: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
+    PAIRS_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program rotates BLOCK tokens of EACH heads of q, then of k, by angles that it reads once; 64-bit offsets,
+    since T * H * D passes 2**31."""
+    row = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(2) * EACH
+    t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    live = t < tokens
+    r = tl.arange(0, PAIRS_BLOCK)
+    at = row * table_stride + t[:, None] * PAIRS + r[None, :]
+    inside = live[:, None] & (r < PAIRS)[None, :]
+    c = tl.load(cos + at, mask=inside, other=0.0).to(COMPUTE)
+    s = tl.load(sin + at, mask=inside, other=0.0).to(COMPUTE) * sign
+    for head in range(start, tl.minimum(start + EACH, HEADS)):
+        turn(q + row * q_b + t * q_t + head * q_h, out_q + row * oq_b + t * oq_t + head * WIDTH, c, s, live,
+             WIDTH, PAIRS, PAIRS_BLOCK, REST_BLOCK, BLOCK, INTERLEAVED, COMPUTE)  # fmt: skip
+    for head in range(tl.maximum(start - HEADS, 0), tl.minimum(start + EACH - HEADS, KEY_HEADS)):
+        turn(k + row * k_b + t * k_t + head * k_h, out_k + row * ok_b + t * ok_t + head * WIDTH, c, s, live,
+             WIDTH, PAIRS, PAIRS_BLOCK, REST_BLOCK, BLOCK, INTERLEAVED, COMPUTE)  # fmt: skip

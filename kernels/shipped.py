@@ -82,7 +82,7 @@ def other_configurations(arch: str) -> list[Configuration]:
     make = lambda name, kernel, constants, types, warps=4, stages=default: Configuration(
         name, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names}, types, warps, stages
     )
-    return [*_attention_rest(make), *_decode(make), *_elementwise(make, arch), *_linear_cross_entropy(make)]
+    return [*_attention_rest(make), *_decode(make), *_elementwise(make, arch), *_linear_cross_entropy(make, arch)]
 
 
 def _attention_rest(make) -> Iterator[Configuration]:
@@ -104,11 +104,21 @@ def _decode(make) -> Iterator[Configuration]:
 
 def _elementwise(make, arch: str) -> Iterator[Configuration]:
     fp32, width = tl.float32, 4096
-    rotary = dict(HEADS=32, WIDTH=128, PAIRS=64, PAIRS_BLOCK=64, REST_BLOCK=1, BLOCK=rope.rope_block(128), COMPUTE=fp32)
+    rotary = dict(
+        HEADS=32,
+        KEY_HEADS=8,
+        EACH=rope.HEADS_EACH,
+        WIDTH=128,
+        PAIRS=64,
+        PAIRS_BLOCK=64,
+        REST_BLOCK=1,
+        BLOCK=rope.rope_block(128),
+        COMPUTE=fp32,
+    )
     types = dict.fromkeys(("q", "k", "out_q", "out_k"), "*bf16") | {"cos": "*fp32", "sin": "*fp32", "sign": "fp32"}
     yield make("rope", rope.rope_kernel, rotary | dict(INTERLEAVED=False), types)
     yield make("rope interleaved", rope.rope_kernel, rotary | dict(INTERLEAVED=True), types)
-    norm = dict(WIDTH=width, BLOCK=next_power_of_2(width), RESIDUAL=True, COMPUTE=fp32)
+    norm = dict(WIDTH=width, BLOCK=next_power_of_2(width), RESIDUAL=True, EXACT=False, COMPUTE=fp32)
     types = dict.fromkeys(("x", "residual", "weight", "y", "s_out", "dy", "ds", "s_in", "dx"), "*bf16")
     types |= {"rstd": "*fp32", "dw": "*fp32", "eps": "fp32"}
     yield make("rms_norm", rms_norm.rms_norm_kernel, norm, types, rms_norm.norm_warps(width))
@@ -120,14 +130,18 @@ def _elementwise(make, arch: str) -> Iterator[Configuration]:
     yield make("swiglu backward", swiglu.swiglu_backward_kernel, one, gate)
 
 
-def _linear_cross_entropy(make) -> Iterator[Configuration]:
-    tokens, rows, width = linear_cross_entropy.LOGIT_TILE
-    head = dict(WIDTH=4096, CAP=1.0, CAP_C=0.0, CAP_C_LOW=0.0, SOFTCAP=False, BT=tokens, BV=rows, BD=width,
-                PRECISION="ieee") | exponent(torch.bfloat16)  # fmt: skip
+def _linear_cross_entropy(make, arch: str) -> Iterator[Configuration]:
+    tile = linear_cross_entropy.logit_tile_of(arch, torch.bfloat16)
+    base = exponent(torch.bfloat16)
+    head = dict(WIDTH=4096, CAP=1.0, CAP_C=0.0, CAP_C_LOW=0.0, SOFTCAP=False, BT=tile.tokens, BV=tile.rows,
+                BD=tile.width, PRECISION="ieee", SPLIT=linear_cross_entropy.SPLIT_ROWS) | base  # fmt: skip
     types = dict.fromkeys(("x", "weight", "grad"), "*bf16") | {"ids": "*i64"}
-    types |= dict.fromkeys(("picked", "lse", "lost", "hit", "soft"), "*fp32")
-    yield make("linear_cross_entropy", linear_cross_entropy.log_prob_kernel, head, types)
-    yield make("linear_cross_entropy backward", linear_cross_entropy.logit_gradient_kernel, head, types)
+    types |= dict.fromkeys(("tops", "totals", "found", "picked", "lse", "lost", "hit", "soft"), "*fp32")
+    shape = (tile.warps, tile.stages)
+    yield make("linear_cross_entropy", linear_cross_entropy.log_prob_kernel, head, types, *shape)
+    join = dict(BT=linear_cross_entropy.JOIN_TOKENS) | base
+    yield make("linear_cross_entropy join", linear_cross_entropy.join_log_probs_kernel, join, types)
+    yield make("linear_cross_entropy backward", linear_cross_entropy.logit_gradient_kernel, head, types, *shape)
 
 
 def configurations(arch: str, widths=WIDTHS, variants=VARIANTS, others: bool = True) -> Iterator[Configuration]:

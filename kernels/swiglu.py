@@ -50,12 +50,15 @@ class _SwiGlu(torch.autograd.Function):
 
 
 @jit
-def sigmoid(x, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr):
-    """sigmoid(x) and 1 - sigmoid(x), each with what its rounding lost; neither tail overflows or cancels."""
+def sigmoid(x, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, COMPUTE: tl.constexpr):
+    """sigmoid(x) and 1 - sigmoid(x), each with what its rounding lost (EXACT); neither tail overflows or cancels."""
     one = tl.full(x.shape, 1.0, COMPUTE)
-    fall = raise_two(-tl.abs(x), C, C_LOW, COMPUTE)
+    fall = raise_two(-tl.abs(x), C, C_LOW, EXACT, COMPUTE)
     total = 1.0 + fall
     large = 1.0 / total
+    if not EXACT:
+        right, small = x >= 0, fall * large
+        return tl.where(right, large, small), x, tl.where(right, small, large), x
     large_low = large * (tl.fma(-large, total, one) - large * (fall - (total - 1.0)))
     small = fall * large
     small_low = tl.fma(fall, large, -small) + fall * large_low
@@ -66,22 +69,28 @@ def sigmoid(x, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr):
 
 @jit
 def swiglu_kernel(
-    gate, up, out, count, BLOCK: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, COMPUTE: tl.constexpr
-):
+    gate, up, out, count, BLOCK: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """What is rounded to half a word is made without what its steps lost: that would take longer than memory does."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(gate + at, mask=inside, other=0.0).to(COMPUTE)
     u = tl.load(up + at, mask=inside, other=0.0).to(COMPUTE)
-    s, s_low, _, _ = sigmoid(g, C, C_LOW, COMPUTE)
-    silu = g * s
-    low = tl.fma(g, s, -silu) + g * s_low
-    low = tl.where(low == low, low, 0.0)  # an infinite gate
-    tl.store(out + at, tl.fma(silu, u, low * u).to(out.dtype.element_ty), mask=inside)
+    if EXACT:
+        s, s_low, _, _ = sigmoid(g, C, C_LOW, EXACT, COMPUTE)
+        silu = g * s
+        low = tl.fma(g, s, -silu) + g * s_low
+        low = tl.where(low == low, low, 0.0)  # an infinite gate
+        y = tl.fma(silu, u, low * u)
+    else:
+        y = g / (1.0 + tl.exp2(g * -C)) * u
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
 def swiglu_backward_kernel(
-    grad, gate, up, dgate, dup, count, BLOCK: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
+    grad, gate, up, dgate, dup, count, BLOCK: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """dup = dy silu(g) and dgate = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))."""
@@ -90,8 +99,12 @@ def swiglu_backward_kernel(
     dy = tl.load(grad + at, mask=inside, other=0.0).to(COMPUTE)
     g = tl.load(gate + at, mask=inside, other=0.0).to(COMPUTE)
     u = tl.load(up + at, mask=inside, other=0.0).to(COMPUTE)
-    s, s_low, rest, rest_low = sigmoid(g, C, C_LOW, COMPUTE)
+    s, s_low, rest, rest_low = sigmoid(g, C, C_LOW, EXACT, COMPUTE)
     silu = g * s
+    if not EXACT:
+        tl.store(dup + at, (silu * dy).to(dup.dtype.element_ty), mask=inside)
+        tl.store(dgate + at, (dy * u * s * (1.0 + g * rest)).to(dgate.dtype.element_ty), mask=inside)
+        return
     low = tl.fma(g, s, -silu) + g * s_low
     low = tl.where(low == low, low, 0.0)  # an infinite gate
     tl.store(dup + at, tl.fma(silu, dy, low * dy).to(dup.dtype.element_ty), mask=inside)

@@ -43,17 +43,21 @@ def verify(path: Path, cover: Literal["short", "standard", "full"], out: Path | 
 
 
 def verify_kernels(as_json: bool, kernels: Sequence[str] = ()) -> bool:
-    """Prove every kernel under the interpreter, print a line for each as it comes, and return whether all of it holds.
+    """Prove every kernel under the interpreter, and on the GPU where there is one; print a line for each as it comes,
+    and return whether all of it holds.
 
     Takes minutes; `kernels` names some of them. Errors against fp64 are given over those of PyTorch's eager code in
     the same dtype.
     """
+    import torch
+
     from ..kernels.accuracy import MAX_BAR, RMS_BAR
     from ..kernels.proof import Verdict, prove
 
+    places = (False, True) if torch.cuda.is_available() else (False,)
     if as_json:
         verdicts: list[Verdict] = []
-        passed = prove(verdicts.append, kernels)
+        passed = all([prove(verdicts.append, kernels, card) for card in places])
         rows = [asdict(verdict) | {"holds": verdict.holds} for verdict in verdicts]
         bars = {"rms": RMS_BAR, "max": MAX_BAR}
         print(json.dumps({"passed": passed, "bars": bars, "kernels": _finite(rows)}, indent=1, allow_nan=False))
@@ -61,17 +65,21 @@ def verify_kernels(as_json: bool, kernels: Sequence[str] = ()) -> bool:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"[dim]{'':6} {'kernel':24} {'dtype':9} {'rms':>6} {'max':>6}  laws   memory[/]")
-    console.print(f"[dim]{'bar':>6} {'error over eager PyTorch':34} {RMS_BAR:6.2f} {MAX_BAR:6.2f}  all    no faults[/]")
+    console.print(f"[dim]{'':6} {'kernel':32} {'dtype':9} {'rms':>6} {'max':>6}  laws   memory[/]")
+    console.print(f"[dim]{'bar':>6} {'error over eager PyTorch':42} {RMS_BAR:6.2f} {MAX_BAR:6.2f}  all    no faults[/]")
+    heard = ["interpreter"]
 
     def show(verdict: Verdict) -> None:
+        if verdict.where not in heard:
+            heard.append(verdict.where)
+            console.print(f"[dim]{verdict.where}[/]")
         mark = "[green]ok    [/]" if verdict.holds else "[red]FAILED[/]"
         laws = f"{verdict.laws - len(verdict.broken)} of {verdict.laws}"
         broken = f"  [red]broken: {', '.join(verdict.broken)}[/]" if verdict.broken else ""
-        console.print(f"{mark} {verdict.kernel:24} {verdict.dtype:9} {verdict.rms:6.3f} {verdict.largest:6.3f}  {laws}"
+        console.print(f"{mark} {verdict.kernel:32} {verdict.dtype:9} {verdict.rms:6.3f} {verdict.largest:6.3f}  {laws}"
                       f"   {'; '.join(verdict.faults) or 'clean'}{broken}")  # fmt: skip
 
-    return prove(show, kernels)
+    return all([prove(show, kernels, card) for card in places])
 
 
 def _finite(rows: list[dict]) -> list[dict]:

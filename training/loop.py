@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import xxhash
 
-from ..kernels.huggingface import plug
+from ..kernels.huggingface import is_proven, plug
 from . import checkpoint, experts, finish
 from .batches import steps_per_epoch
 from .dataset import Dataset, Pair, Sample, load_dataset
@@ -81,7 +81,7 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     made_by_method = recipe.method == "grpo" or recipe.data.tokens is not None
     data = None if made_by_method else load_dataset(recipe, tokenizer, run_dir)
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
-    if recipe.model.kernels == "triton":
+    if recipe.model.kernels == "triton" or (_whole(recipe) and is_proven(ranks.device)):
         model.to(ranks.device)  # pyright: ignore[reportArgumentType]
     plug(model, recipe.model.kernels)
     if recipe.lora.rank:
@@ -92,6 +92,12 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     optimizer = build_optimizer(recipe, model)
     engine = build_engine(ranks, model, optimizer, recipe)
     return tokenizer, data, engine, _method(recipe, ranks, engine, tokenizer, data, reference)
+
+
+def _whole(recipe: Recipe) -> bool:
+    """Whether every rank holds whole weights and rows, as the kernels want them; `auto` leaves the rest to PyTorch."""
+    knobs = recipe.parallel
+    return knobs.engine in ("ddp", "zero1", "zero2") and knobs.tensor == knobs.context == 1
 
 
 def _steps(

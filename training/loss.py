@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.huggingface import Targets, spares_logits
 from .batches import MicroBatch
 from .context_parallel import part_of
 from .experts import counting
@@ -30,8 +31,9 @@ def target_log_probs(model: nn.Module, batch: MicroBatch, temperature: float = 1
 def target_terms(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of every supervised target and log Z of its softmax, fp32, (N,) both, gradients on.
 
-    The head runs on the kept columns only. `use_cache=False` and no attention mask: with either, transformers lets
-    packed documents see each other. Ranks that share rows compute their parts of them, and get all terms.
+    The head runs on the kept columns only, and where its kernel is plugged in makes no logits. `use_cache=False` and no
+    attention mask: with either, transformers lets packed documents see each other. Ranks that share rows compute their
+    parts of them, and get all terms.
     """
     part = part_of(batch)
     if part is None:
@@ -43,14 +45,12 @@ def target_terms(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) 
 def _terms_here(
     model: nn.Module, batch: MicroBatch, temperature: float, attention: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
+    inputs = {"input_ids": batch.ids_BT, "position_ids": batch.positions_BT, "logits_to_keep": batch.keep_K}
     with counting(batch.real_BT):
-        logits_BKV = model(
-            input_ids=batch.ids_BT,
-            position_ids=batch.positions_BT,
-            use_cache=False,
-            logits_to_keep=batch.keep_K,
-            **attention,
-        ).logits
+        if temperature == 1.0 and spares_logits(model):
+            terms = model(**inputs, use_cache=False, targets=Targets(batch.select_N, batch.targets_N), **attention)
+            return terms.log_p_N, terms.log_z_N
+        logits_BKV = model(**inputs, use_cache=False, **attention).logits
     logits_NV = logits_BKV.reshape(-1, logits_BKV.shape[-1])
     if len(batch.select_N) != len(logits_NV):
         logits_NV = logits_NV[batch.select_N]

@@ -24,7 +24,7 @@ from shipyard.kernels.datasheet import (
     sheet_of,
     write_golden,
 )
-from shipyard.kernels.datasheet_page import DIAGONAL_BAR, PLAIN_BAR, markdown, ratios, write_datasheet
+from shipyard.kernels.datasheet_page import CARD, DIAGONAL_BAR, PLAIN_BAR, markdown, put_card, ratios, write_datasheet
 from shipyard.kernels.machine_code import read_amd
 from shipyard.kernels.shipped import ARCHITECTURES, attention_configuration, configurations, other_configurations
 
@@ -199,3 +199,20 @@ def test_second_triton_compiles_every_configuration_to_the_same_laws(arch):
     assert [line for sheet in sheets for line in problems(sheet)] == []
     known = read_golden()
     assert against_golden([sheet for sheet in sheets if sheet.key in known["3.9.0"]], known) == []
+
+
+def test_a_new_datasheet_keeps_what_cards_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasheet_page, "measured", list)
+    page = tmp_path / "kernels.md"
+    write_datasheet(page, [SOUND], {})
+    bare = page.read_text()
+    put_card(page, f"{CARD}one (sm_90)\n\n| a table |")
+    put_card(page, f"{CARD}two (sm_80)\n\n| another |")
+    put_card(page, f"{CARD}one (sm_90)\n\n| a newer table |")
+    write_datasheet(page, [SOUND], {})
+    text = page.read_text()
+    assert text.startswith(bare)
+    assert [text.count(words) for words in ("a newer table", "a table", "another")] == [1, 0, 1]
+    fresh = tmp_path / "new.md"
+    put_card(fresh, f"{CARD}one\n\nx")
+    assert fresh.read_text().count(CARD) == 1

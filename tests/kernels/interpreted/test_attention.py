@@ -203,3 +203,21 @@ def test_attention_multiplies_only_tiles_that_see_something(window):
         out.float().sum().backward()
     product = 2 * 16 * 16 * width * heads * tiles_that_see(lengths, window)
     assert (forward.flops_issued, backward.flops_issued) == (2 * product, 7 * product)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_tile_that_moves_no_maximum_changes_no_bit(dtype, softcap):
+    """Rows in a chunk of their own meet fewer masked tiles than in the whole, and others without a mask: also the
+    log-sum-exp, which half a word's rounding does not hide, is the same."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(96, 1, 16).to(dtype).requires_grad_() for _ in range(3))
+
+    def log_sum_exp(first: int) -> torch.Tensor:
+        borders, keys = (torch.tensor([0, length], dtype=torch.int32) for length in (96 - first, 96))
+        out = flash_attention(q[first:], k, v, borders, cu_seqlens_k=keys, softcap=softcap, tile=Tile(32, 16, 4, 1))
+        return torch.stack(out.grad_fn.saved_tensors[7:])[:, 0]
+
+    whole = log_sum_exp(0)
+    for first in (5, 16, 27):
+        assert torch.equal(log_sum_exp(first), whole[:, first:])

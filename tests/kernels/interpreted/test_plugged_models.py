@@ -1,10 +1,14 @@
 """transformers models through the Triton kernels, under the interpreter, against their own code."""
 
+import numpy as np
 import pytest
 import torch
 from shipyard.kernels.accuracy import MAX_BAR, CardProducts, error_ratios, hold_bars
-from shipyard.kernels.huggingface import plug
+from shipyard.kernels.huggingface import plug, spares_logits
 from shipyard.launch.assets import resolve
+from shipyard.training.batches import collate
+from shipyard.training.dataset import Sample
+from shipyard.training.sft import next_token_loss
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -155,3 +159,28 @@ def test_one_training_step_at_smollm_shape(dtype, draws):
     logs = torch.tensor([ratio.rms for ratio in ratios]).log()
     assert logs.mean() <= (2 * logs.std() / draws**0.5 if draws > 1 else 0.0), ratios
     assert max(ratio.largest for ratio in ratios) <= MAX_BAR
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_our_loss_takes_the_heads_kernel(packing, monkeypatch):
+    """The loop's own loss, z-loss too: with the kernels no logits are made, and value and gradients are the same."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="sdpa").double().train()
+    rows = [np.random.default_rng(seed).integers(0, 97, length) for seed, length in enumerate(LENGTHS[::2])]
+    batch = collate([Sample("", ids, np.arange(len(ids)) % 3 != 0) for ids in rows], packing)
+
+    def loss_and_gradients():
+        model.zero_grad()
+        loss, numbers = next_token_loss(model, batch, 7.0, 1e-2)
+        loss.backward()
+        return [loss.detach(), torch.tensor(numbers["z_loss"]), *(p.grad.clone() for p in model.parameters())]
+
+    want = loss_and_gradients()
+    plugged = plug(model, "triton")
+    assert spares_logits(model)
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: pytest.fail("the head made logits"))
+    mine = loss_and_gradients()
+    plugged.remove()
+    assert not spares_logits(model)
+    for x, y in zip(mine, want, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=1e-6)
