@@ -67,12 +67,12 @@ class Plug:
             self.undo.pop()()
 
 
-def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto") -> Plug:
+def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto", compiled: bool = False) -> Plug:
     """Puts the kernels into `model` (also when PEFT wraps it), in place. Same numbers, less time and memory.
 
     `triton` needs the weights on a GPU. `auto` takes it for weights on a card of `PROVEN_CARDS`, and PyTorch elsewhere:
-    a training run must not be the first to try kernels on a card. A model type that is not in `MODEL_TYPES` is left as
-    it is under `auto` (the Plug then has no parts) and is an error
+    a training run must not be the first to try kernels on a card, or inside what torch.compile will trace (`compiled`).
+    A model type that is not in `MODEL_TYPES` is left as it is under `auto` (the Plug then has no parts) and is an error
     when a path was asked for.
     """
     if kernels not in ("auto", "torch", "triton"):
@@ -87,7 +87,8 @@ def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "
     weight = next(base.parameters())
     if kernels == "triton":
         need_triton(weight)
-    plugged = Plug("triton" if kernels == "triton" or (kernels == "auto" and is_proven(weight.device)) else "torch", ())
+    proven = is_proven(weight.device) and not compiled
+    plugged = Plug("triton" if kernels == "triton" or (kernels == "auto" and proven) else "torch", ())
     _plug_attention(base, plugged)
     if plugged.path == "triton":
         _plug_rope(base, plugged)

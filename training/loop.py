@@ -83,7 +83,7 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
     if recipe.model.kernels == "triton" or (_whole(recipe) and is_proven(ranks.device)):
         model.to(ranks.device)  # pyright: ignore[reportArgumentType]
-    plug(model, recipe.model.kernels)
+    plug(model, recipe.model.kernels, recipe.model.compile)
     if recipe.lora.rank:
         model = add_adapters(model, recipe.lora, recipe.seed, as_written=recipe.deterministic == "elastic")
     prepare(model, recipe.model, ranks.device)
@@ -95,9 +95,9 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
 
 
 def _whole(recipe: Recipe) -> bool:
-    """Whether every rank holds whole weights and rows, as the kernels want them; `auto` leaves the rest to PyTorch."""
+    """Whether every rank holds whole weights and rows and computes what is written: `auto` wants that for the kernels."""
     knobs = recipe.parallel
-    return knobs.engine in ("ddp", "zero1", "zero2") and knobs.tensor == knobs.context == 1
+    return knobs.engine in ("ddp", "zero1", "zero2") and knobs.tensor == knobs.context == 1 and not recipe.model.compile
 
 
 def _steps(

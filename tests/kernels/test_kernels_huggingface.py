@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shipyard.kernels import huggingface
 from shipyard.kernels.huggingface import document_ends, plug
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -131,3 +132,12 @@ def test_users_mistakes():
     assert plug(torch.nn.Linear(2, 2)).parts == ()
     with pytest.raises(ValueError, match="kernels: triton, needs a GPU"):
         plug(build("llama"), "triton")
+
+
+def test_auto_takes_the_kernels_only_where_a_card_has_run_them(monkeypatch):
+    assert not huggingface.is_proven(torch.device("cpu"))
+    assert plug(build("llama")).path == "torch"
+    monkeypatch.setattr(huggingface, "is_proven", lambda device: True)
+    assert plug(build("llama")).path == "triton"
+    assert plug(build("llama"), "torch").path == "torch"
+    assert plug(build("llama"), compiled=True).path == "torch"
