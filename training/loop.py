@@ -95,7 +95,7 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
 
 
 def _whole(recipe: Recipe) -> bool:
-    """Whether every rank holds whole weights and rows and computes what is written: `auto` wants that for the kernels."""
+    """Whether every rank holds whole weights and rows and computes what is written, as `auto` wants it for kernels."""
     knobs = recipe.parallel
     return knobs.engine in ("ddp", "zero1", "zero2") and knobs.tensor == knobs.context == 1 and not recipe.model.compile
 
