@@ -141,7 +141,8 @@ def logged(run: Path) -> int:
 def half_written(run: Path) -> set[str]:
     """Checkpoints that are being written, or were when their writer died, by the names of their scratch directories."""
     try:
-        return {entry.name for entry in os.scandir(run) if entry.name.endswith(".tmp")}
+        names = (entry.name for entry in os.scandir(run))
+        return {name for name in names if name.startswith(".step-") and name.endswith(".tmp")}
     except FileNotFoundError:
         return set()
 

@@ -100,14 +100,14 @@ def shipyard() -> Shipyard:
 def on_ranks() -> Callable[..., str]:
     """Run a script as so many ranks under torchrun; return what they printed."""
 
-    def run(ranks: int, script: Path, *args: str | Path, timeout_s: float = 1800) -> str:
+    def run(ranks: int, script: Path, *args: str | Path, restarts: int = 0, timeout_s: float = 1800) -> str:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
         done = subprocess.run(
-            [*command, str(script), *map(str, args)], capture_output=True, text=True, timeout=timeout_s,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [*command, f"--max-restarts={restarts}", str(script), *map(str, args)],
+            capture_output=True, text=True, timeout=timeout_s, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

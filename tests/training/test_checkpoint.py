@@ -4,6 +4,8 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from reshard_on_ranks import LateSaver
 from runs_for_tests import forget_after
 from shipyard.training import checkpoint
 from shipyard.training.checkpoint import Saver, committed
+from shipyard.training.engine import Fragment
 from shipyard.training.manifest import BLOCK_BYTES, commit, verify
+from shipyard.training.ranks import Ranks
+from shipyard.training.recipe import Checkpoints
 from shipyard.training.shard import StoredFragments, key_of, write_shard
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -178,3 +183,17 @@ def test_a_copy_that_fails_is_a_save_that_failed(straight, tmp_path: Path, monke
         train(load_recipe(straight[0], [f"run_dir={tmp_path}"]))
     assert sorted(committed(tmp_path)) == [1, 2]
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_save_that_fails_leaves_what_had_its_name(straight, tmp_path: Path) -> None:
+    """Nothing is written under a checkpoint's name before all of it is there, also where it replaces one."""
+    run = tmp_path / "run"
+    shutil.copytree(straight[1], run)
+    before = verify(run / "step-000006")
+    engine: Any = SimpleNamespace(updates=6, fragments=lambda: [Fragment("w", (3,), 0, {"value": torch.ones(3)})])
+    saver = Saver(Ranks(0, 1, torch.device("cpu")), run, Checkpoints(), 10.0)
+    saver.save(engine, 6, {"not for safetensors": torch.eye(2).to_sparse()}, {})
+    with pytest.raises(ValueError, match="sparse"):
+        saver.finish()
+    assert verify(run / "step-000006") == before
+    assert not list(run.glob(".step-*"))
