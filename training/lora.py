@@ -47,10 +47,8 @@ def add_adapters(model: PreTrainedModel, lora: recipes.Lora, seed: int, as_writt
 def one_pass(layer: Linear, x: Tensor, *args, **named) -> Tensor:
     """PEFT's forward of a linear layer with one adapter, without a pass over the output for each of its operations.
 
-    fp32 adapters beside narrower weights multiply in the weights' dtype, as under autocast; PEFT alone would widen the
-    input and multiply in fp32. Layers that are quantized or scattered over ranks keep PEFT's code, and so do all where
-    torch looks at single operations: in a compiled block, and under selective checkpointing, which forbids sums in
-    place.
+    Layers that are quantized, scattered over ranks or of mixed dtypes keep PEFT's code, and so do all where torch looks
+    at single operations: in a compiled block, and under selective checkpointing, which forbids sums in place.
     """
     base, adapters = layer.get_base_layer(), layer.active_adapters
     usual = type(base) is nn.Linear and "forward" not in vars(base) and base.bias is None and len(adapters) == 1
@@ -60,23 +58,21 @@ def one_pass(layer: Linear, x: Tensor, *args, **named) -> Tensor:
     weight, name = cast(Tensor, base.weight), adapters[0]
     down, up = (cast(Tensor, part[name].weight) for part in (layer.lora_A, layer.lora_B))
     whole = all(type(each) is nn.Parameter and not hasattr(each, "ds_id") for each in (weight, down, up))
-    fits = x.dtype == weight.dtype and down.dtype in (x.dtype, torch.float32)
-    if not whole or not fits or torch.is_autocast_enabled(x.device.type):
+    one_dtype = x.dtype == weight.dtype == down.dtype and not torch.is_autocast_enabled(x.device.type)
+    if not whole or not one_dtype:
         return Linear.forward(layer, x)
     y: Any = _LowRank.apply(x, weight, down, up, layer.scaling[name])
     return y
 
 
 class _LowRank(torch.autograd.Function):
-    """y = x W^T + s x A^T B^T with W frozen (Hu et al. 2021, equation 3): x (..., I), W (O, I), A (R, I), B (O, R).
-
-    Everything multiplies in W's dtype; the gradients of A and B have theirs."""
+    """y = x W^T + s x A^T B^T with W frozen (Hu et al. 2021, equation 3): x (..., I), W (O, I), A (R, I), B (O, R)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_OI: Tensor, down_RI: Tensor, up_OR: Tensor, scaling: float) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        low_TR = x_TI @ down_RI.to(x.dtype).T
-        y_TO = (x_TI @ weight_OI.T).addmm_(low_TR, up_OR.to(x.dtype).T, alpha=scaling)
+        low_TR = x_TI @ down_RI.T
+        y_TO = (x_TI @ weight_OI.T).addmm_(low_TR, up_OR.T, alpha=scaling)
         ctx.save_for_backward(x_TI, low_TR, weight_OI, down_RI, up_OR)
         ctx.scaling, ctx.shape = scaling, x.shape
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
@@ -86,12 +82,12 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x_TI, low_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
         dy_TO = dy.reshape(-1, dy.shape[-1])
-        dlow_TR = (dy_TO @ up_OR.to(dy.dtype)).mul_(ctx.scaling)
+        dlow_TR = (dy_TO @ up_OR).mul_(ctx.scaling)
         dup_OR = (dy_TO.T @ low_TR).mul_(ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy_TO @ weight_OI).addmm_(dlow_TR, down_RI.to(dy.dtype)).view(ctx.shape)
-        return dx, None, (dlow_TR.T @ x_TI).to(down_RI.dtype), dup_OR.to(up_OR.dtype), None
+            dx = (dy_TO @ weight_OI).addmm_(dlow_TR, down_RI).view(ctx.shape)
+        return dx, None, dlow_TR.T @ x_TI, dup_OR, None
 
 
 def base_weight(layer: nn.Module) -> Tensor:
