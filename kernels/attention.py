@@ -57,21 +57,22 @@ def attention_tile(arch: str, part: str, width: int, value_width: int, dtype: to
 
 
 def _exact_tile(arch: str, part: str, wide: int) -> Tile:
-    """fp32 runs on fused multiply-adds: a thread holds whole rows of both factors, so the width bounds the tile."""
+    """fp32 runs on fused multiply-adds: a thread holds whole rows of both factors, so the width bounds the tile.
+
+    dQ holds q, dout and dQ beside them: on NVIDIA its keys come through shared memory (two stages), not registers.
+    """
     amd = arch.startswith("gfx")
+    if part == "queries" and not amd:
+        return Tile(16, 16, 8, 2) if wide >= 192 else Tile(32, 32, 8, 2)
     if wide == 256:
-        if part == "keys" and amd:
-            return Tile(16, 16, 4, 1)
-        return Tile(8 if part == "queries" and arch == "sm_90" else 16, 16, 8, 1)
+        return Tile(16, 16, 4 if part == "keys" and amd else 8, 1)
     if part == "queries":
-        if wide == 192:
-            return Tile(8, 32, 8, 1) if arch in ("sm_90", "sm_120") else Tile(16, 16, 8, 1)
-        if wide in (80, 96) and arch in ("sm_100", "sm_120"):
-            return Tile(16, 16, 8, 1)
-        return Tile(16 if amd and wide == 128 else 32, 32, 8, 1)
+        return Tile(16, 16, 8, 1) if wide == 192 else Tile(16 if wide in (96, 128) else 32, 32, 8, 1)
+    if part == "keys" and arch == "sm_120" and wide == 96:
+        return Tile(16, 32, 8, 2)
     if part == "keys":
         return Tile(16, 16, 8, 1) if amd and wide == 192 else Tile(16 if amd or wide >= 128 else 32, 32, 8, 1)
-    narrow = {96: ("sm_89", "sm_120"), 192: ("gfx942",)}.get(wide, ())
+    narrow = {96: ("sm_89", "sm_120"), 192: ("gfx942", "gfx950")}.get(wide, ())
     return Tile(16 if arch in narrow else {80: 64}.get(wide, 32), 32, 8, 1)
 
 
@@ -84,7 +85,7 @@ def _forward_tile(arch: str, wide: int) -> Tile:
         keys = 128 if 64 < wide <= 128 else 64
         return Tile(128, keys, 8, 2 if wide in (128, 256) else 3)
     if arch == "sm_100":
-        return Tile(128, 128 if wide <= 64 else 64, 8, 2)
+        return Tile(128, 32 if wide == 256 else 128 if wide <= 64 else 64, 8, 2)
     if wide > 128:
         return Tile(64, 32, 4, 2) if wide < 256 or arch == "sm_80" else Tile(64, 64, 8, 1)
     if arch == "sm_80":
@@ -98,9 +99,12 @@ def _keys_tile(arch: str, wide: int) -> Tile:
     if arch.startswith("gfx"):
         return Tile(32, 64 if wide <= 128 else 32, 4, 1)
     if arch == "sm_90":
-        return Tile(64 if wide <= 64 else 32, 64, 4, 3) if wide <= 128 else Tile(32 if wide < 256 else 16, 64, 8, 2)
+        if wide == 256:  # dK and dV of 64 keys fill the registers: HMMA there
+            return Tile(64, 32, 8, 2)
+        return Tile(64 if wide <= 64 else 32, 64, 4, 3) if wide <= 128 else Tile(32, 64, 8, 2)
     if wide <= 64:
-        return Tile(32 if arch == "sm_120" else 64, 128, 8, 2)
+        tiles = {"sm_80": Tile(64, 64, 4, 2), "sm_89": Tile(64, 128, 8, 2), "sm_100": Tile(32, 128, 4, 2)}
+        return tiles.get(arch, Tile(32, 128, 8, 2))
     if arch == "sm_100":
         if wide == 256:  # dK and dV of 64 keys fill the tensor memory: HMMA there
             return Tile(32, 32, 8, 1)

@@ -14,6 +14,12 @@ ALL = {subject.name: subject for subject in subjects()}
 NORM = ALL["rms_norm"]
 
 
+@pytest.fixture
+def planted(monkeypatch):
+    """The errors of a planted fault are not the kernels': the datasheet must not collect them."""
+    monkeypatch.delenv("SHIPYARD_KERNEL_RATIOS", raising=False)
+
+
 def test_every_kernel_is_a_subject():
     assert {name.split(",")[0].split(" ")[0] for name in ALL} == {
         "attention", "decode", "rope", "rms_norm", "swiglu", "linear_cross_entropy"
@@ -27,7 +33,7 @@ def test_sound_kernels_hold(name):
     assert verdict.laws >= 3
 
 
-def test_a_coarse_kernel_fails_its_bars():
+def test_a_coarse_kernel_fails_its_bars(planted):
     """A norm whose sum of squares is rounded to bf16 is caught by its error, and by nothing else."""
 
     def coarse(x, w, index=None):
@@ -40,7 +46,7 @@ def test_a_coarse_kernel_fails_its_bars():
     assert verdict.rms > 1
 
 
-def test_a_split_that_depends_on_the_batch_breaks_a_law(monkeypatch):
+def test_a_split_that_depends_on_the_batch_breaks_a_law(planted, monkeypatch):
     """The usual way of decoding: more splits where the batch is small. Accurate, clean, and not batch-invariant."""
     decode = sys.modules["shipyard.kernels.decode"]
 
@@ -55,7 +61,7 @@ def test_a_split_that_depends_on_the_batch_breaks_a_law(monkeypatch):
     assert not verdict.holds
 
 
-def test_an_output_left_unwritten_is_named():
+def test_an_output_left_unwritten_is_named(planted):
 
     def half_written(x, w, index=None):
         out = torch.empty_like(x)
