@@ -125,7 +125,7 @@ def card(folder: Path) -> list[Workload]:
         num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, dtype=torch.bfloat16,
     )  # fmt: skip
     with torch.device("cuda"):
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model = {"name": str(folder), "dtype": "bfloat16", "kernels": "triton"}
     tree = {**workloads()[0].tree, "model": model, "batch": batch(128, 64)}
