@@ -18,6 +18,7 @@ from .meter import Meter, leave
 
 CONTESTANTS = {
     "shipyard": "shipyard train, packed",
+    "shipyard-one": "shipyard train, one row at a time",
     "hf": "HF Trainer, padded",
     "hf-one": "HF Trainer, one row at a time",
     "hf-flat": "HF Trainer, DataCollatorWithFlattening",
@@ -28,7 +29,10 @@ CONTESTANTS = {
 """Names on the command line, and in the table."""
 
 
-def run_shipyard(work: dict[str, Any], steps_file: Path) -> None:
+OURS = ("shipyard", "shipyard-one")
+
+
+def run_shipyard(work: dict[str, Any], steps_file: Path, micro: int) -> None:
     """The loop behind `shipyard train`. It is stopped as any run is, by SIGTERM, which ends it after the next step."""
     from ..training.pages import keep_pages
 
@@ -36,7 +40,7 @@ def run_shipyard(work: dict[str, Any], steps_file: Path) -> None:
     from ..training.loop import train
     from ..training.recipe import load_recipe
 
-    recipe = load_recipe(work["recipe"])
+    recipe = load_recipe(work["recipe"], [f"batch.micro={micro}"])
     stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
     Meter(steps_file, work["padding_id"], lambda tokens: len(tokens) == work["steps"] - 1, stop)
     train(recipe)
@@ -115,8 +119,8 @@ def main() -> None:
     name, work_file, steps_file = sys.argv[1:]
     work = json.loads(Path(work_file).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
-    if name == "shipyard":
-        run_shipyard(work, Path(steps_file))
+    if name in OURS:
+        run_shipyard(work, Path(steps_file), micro=1 if name == "shipyard-one" else work["micro"])
         return
     Meter(Path(steps_file), work["padding_id"], lambda tokens: sum(tokens) >= work["tokens"], leave)
     if name in ("hf", "hf-one", "hf-flat"):

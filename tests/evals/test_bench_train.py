@@ -20,10 +20,13 @@ def workload(tiny_model: Path, rows: Path) -> Workload:
 
 def test_ours_and_two_peers_train_on_the_same_tokens(tiny_model: Path, chat_rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.md"
-    section = bench_train(out, [workload(tiny_model, chat_rows)], ("shipyard", "hf", "trl-pack"), rounds=1, threads=1)
+    section = bench_train(
+        out, [workload(tiny_model, chat_rows)], ("shipyard", "shipyard-one", "hf", "trl-pack"), rounds=1, threads=1
+    )
     assert out.read_text().endswith(section)
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in section.splitlines() if line.startswith("| ")}
     assert {"shipyard train, packed", "HF Trainer, padded", "TRL SFTTrainer, packing"} <= set(rows)
+    assert rows["shipyard train, one row at a time"][3:] == [" 1.00 ", "  "]
     for name in ("shipyard train, packed", "HF Trainer, padded", "TRL SFTTrainer, packing"):
         assert float(rows[name][0]) > 0
         assert float(rows[name][2]) > 0.1
@@ -60,6 +63,10 @@ def test_misses_stay_in_the_page_and_other_workloads_too(tmp_path: Path) -> None
     table = Table(made, tokens=50, supervised=25, runs=runs, loads=[0.5])
     assert "the bar is 1.3: missed" in verdict(table, ["hf"])
     assert "its memory (the bar is 1: missed)" in verdict(table, ["hf"])
+    table.runs += [Run("hf-one", 50, 50, 95.0, 40.0, 1.0), Run("shipyard-one", 50, 50, 99.0, 49.0, 0.9)]
+    said = verdict(table, ["hf", "hf-one"])
+    assert "0.90 times its memory with one row at a time, too, at 1.04 times the speed (the bar is 1: met)" in said
+    del table.runs[2:]
     page = tmp_path / "page.md"
     write_page(page, table, "here")
     write_page(page, Table(Workload("another", "x", made.tree, 10), 50, 25, runs, [0.5]), "here")
