@@ -12,7 +12,7 @@ import torch
 
 from .attention_backward_tiles import key_value_kernel, query_kernel
 from .attention_tiles import attention_kernel, delta_kernel, zero_slack_kernel
-from .jit import architecture, cdiv, tl, use_triton
+from .jit import NEWER, architecture, cdiv, tl, use_triton
 
 LOG2_E = 1.0 / math.log(2.0)
 WHOLE = {width: (width, 0) for width in (16, 32, 64, 128, 256)}
@@ -46,7 +46,8 @@ class Features(NamedTuple):
 
 
 def attention_tile(arch: str, part: str, width: int, value_width: int, dtype: torch.dtype) -> Tile:
-    """The configuration, a plain function of the architecture, the pass (forward, keys, queries), widths and dtype."""
+    """The configuration, a plain function of the architecture, the pass (forward, keys, queries), widths and dtype; on
+    sm_90 the fastest tiles spill under newer compilers, which get slower ones."""
     wide = max(width, value_width)
     if dtype == torch.float64:
         return Tile(16, 16, 4, 1)
@@ -83,7 +84,7 @@ def _forward_tile(arch: str, wide: int) -> Tile:
         return Tile(128, 64, 4, 1) if wide <= 128 else Tile(64, 32, 4, 1)
     if arch == "sm_90":
         keys = 128 if 64 < wide <= 128 else 64
-        return Tile(128, keys, 8, 2 if wide in (128, 256) else 3)
+        return Tile(128, keys, 8, {128: 2, 256: 1 if NEWER else 2}.get(wide, 3))
     if arch == "sm_100":
         return Tile(128, 32 if wide == 256 else 128 if wide <= 64 else 64, 8, 2)
     if wide > 128:
@@ -101,7 +102,9 @@ def _keys_tile(arch: str, wide: int) -> Tile:
     if arch == "sm_90":
         if wide == 256:  # dK and dV of 64 keys fill the registers: HMMA there
             return Tile(64, 32, 8, 2)
-        return Tile(64 if wide <= 64 else 32, 64, 4, 3) if wide <= 128 else Tile(32, 64, 8, 2)
+        if NEWER and 64 < wide <= 128:
+            return Tile(32, 128, 8, 2)
+        return Tile(64 if wide <= 64 and not NEWER else 32, 64, 4, 3) if wide <= 128 else Tile(32, 64, 8, 2)
     if wide <= 64:
         tiles = {"sm_80": Tile(64, 64, 4, 2), "sm_89": Tile(64, 128, 8, 2), "sm_100": Tile(32, 128, 4, 2)}
         return tiles.get(arch, Tile(32, 128, 8, 2))

@@ -4,6 +4,7 @@ Kernels are written `@jit` and use `tl`. `use_triton(tensor)` decides between a 
 kernel runs on a GPU tensor, and on a CPU tensor when the process was started with TRITON_INTERPRET=1.
 """
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+NEWER = HAS_TRITON and tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 8)
+"""A Triton after the one that torch 2.13 brings: its compiler spills where that one does not."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if TYPE_CHECKING:
