@@ -241,13 +241,15 @@ def _run(name: str, work: dict[str, Any], litgpt: Path | None, folder: Path) -> 
     if not (package / "shipyard").exists():
         (package / "shipyard").symlink_to(Path(__file__).absolute().parents[1])
     python, module = sys.executable, "shipyard.evals.contestants"
+    # the user's own folders too, where this environment has packages in them
+    paths = [str(package), *([] if name == "litgpt" else filter(None, [os.environ.get("PYTHONPATH")]))]
     if name == "litgpt":
         assert litgpt is not None
         python, module = str(litgpt / "bin/python"), "shipyard.evals.contestant_litgpt"
     arguments = [*([] if name == "litgpt" else [name]), str(folder / "work.json"), str(steps_file)]
     environment = {
-        **os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": str(work["threads"]), "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
+        **os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(work["threads"]),
+        "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     with said.open("w", encoding="utf-8") as output:
         done = subprocess.run(
