@@ -67,11 +67,12 @@ class Plug:
             self.undo.pop()()
 
 
-def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto", compiled: bool = False) -> Plug:
+def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto", whole: bool = True) -> Plug:
     """Puts the kernels into `model` (also when PEFT wraps it), in place. Same numbers, less time and memory.
 
     `triton` needs the weights on a GPU. `auto` takes it for weights on a card of `PROVEN_CARDS`, and PyTorch elsewhere:
-    a training run must not be the first to try kernels on a card, or inside what torch.compile will trace (`compiled`).
+    a training run must not be the first to try kernels on a card. Nor does it where ranks share rows or layers, or
+    torch.compile traces the layers (not `whole`).
     A model type that is not in `MODEL_TYPES` is left as it is under `auto` (the Plug then has no parts) and is an error
     when a path was asked for.
     """
@@ -87,7 +88,7 @@ def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "
     weight = next(base.parameters())
     if kernels == "triton":
         need_triton(weight)
-    proven = is_proven(weight.device) and not compiled
+    proven = whole and is_proven(weight.device)
     plugged = Plug("triton" if kernels == "triton" or (kernels == "auto" and proven) else "torch", ())
     _plug_attention(base, plugged)
     if plugged.path == "triton":
@@ -339,10 +340,11 @@ BORDERS = _Borders()
 @torch.compiler.disable
 def attention_triton(
     module: Any, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None,
-    sliding_window: int | None = None, is_causal: bool | None = None, position_ids=None, **kwargs,
+    sliding_window: int | None = None, is_causal: bool | None = None, position_ids=None, shared_rows=None, **kwargs,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """`flash_attention` as an AttentionInterface function; dropout,
     padding and caches take `attention_per_document`."""
+    assert shared_rows is None, "the kernels take whole rows"
     if attention_mask is not None or query.shape[2] != key.shape[2] or dropout:
         return attention_per_document(
             module,

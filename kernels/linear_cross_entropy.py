@@ -17,9 +17,7 @@ from .jit import architecture, cdiv, exponent, jit, tl, use_triton
 
 IGNORE = -100
 CHUNK_TOKENS = 256
-CHUNK_LOGITS = (
-    1 << 27
-)  # of a chunk on a card: 256 MiB of bf16, so that the head's gradient is added up a few times only
+CHUNK_LOGITS = 1 << 27  # of a chunk on a card: 256 MiB of bf16, so that chunks, and sums over the head, are few
 SPLIT_ROWS = 8192
 JOIN_TOKENS = 1024  # per program of four warps: a 128-bit access for each thread, of 64 a warp too
 

@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .bench import Bench
+from .bench import bench as run_bench
 from .mistakes import extra_with, mistake, os_error, usage
 
 app = typer.Typer(
@@ -177,23 +179,21 @@ def evaluate(
 
 @app.command()
 def bench(
-    name: Annotated[
-        Literal["kernels", "data", "planner", "train", "checkpoint"], typer.Argument(help="What to time, or check.")
-    ],
+    name: Annotated[Bench, typer.Argument(help="What to time, or check.")],
     datasheet: Annotated[
         bool, typer.Option("--datasheet", help="kernels: what each card's compiler made of them; needs no GPU.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write; most have a page in docs/.")] = None,
-    workload: Annotated[Literal["all", "fast", "alpaca", "reviews"], typer.Option(help="train: which rows.")] = "all",
+    workload: Annotated[
+        Literal["all", "fast", "alpaca", "reviews", "card"], typer.Option(help="train: which rows; card: on a GPU.")
+    ] = "all",
     shape: Annotated[str, typer.Option(help="checkpoint: a model of launch/shapes.")] = "smollm2-135m",
     rounds: Annotated[int, typer.Option(min=1, help="train, checkpoint: how often.")] = 3,
     litgpt: Annotated[Path | None, typer.Option(help="train: a virtual environment that holds LitGPT.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="train: threads of a trainer. [default: cores]")] = None,
 ) -> None:
     """Time the parts on this machine, beside their peers."""
-    from .bench import bench as run
-
-    typer.echo(run(name, out, datasheet, workload, shape, rounds, litgpt, threads))
+    typer.echo(run_bench(name, out, datasheet, workload, shape, rounds, litgpt, threads))
 
 
 @app.command()

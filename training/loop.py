@@ -81,9 +81,10 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     made_by_method = recipe.method == "grpo" or recipe.data.tokens is not None
     data = None if made_by_method else load_dataset(recipe, tokenizer, run_dir)
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
-    if recipe.model.kernels == "triton" or (_whole(recipe) and is_proven(ranks.device)):
+    whole = _whole(recipe)
+    if recipe.model.kernels == "triton" or (whole and is_proven(ranks.device)):
         model.to(ranks.device)  # pyright: ignore[reportArgumentType]
-    plug(model, recipe.model.kernels, recipe.model.compile)
+    plug(model, recipe.model.kernels, whole)
     if recipe.lora.rank:
         model = add_adapters(model, recipe.lora, recipe.seed, as_written=recipe.deterministic == "elastic")
     prepare(model, recipe.model, ranks.device)

@@ -76,3 +76,9 @@ def test_misses_stay_in_the_page_and_other_workloads_too(tmp_path: Path) -> None
     assert "there. 1 round;" in text
     assert "the bar is not settled: HF Trainer, one row at a time;" in text
     assert "| HF Trainer, padded | 90 | 40 | 2.00 | 1.60 | 1.11x |" in text
+
+
+def test_the_cards_workload_wants_a_card(shipyard, tmp_path: Path) -> None:
+    done = shipyard("bench", "train", "--workload", "card", "--out", tmp_path / "page.md", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--workload: card, needs a GPU" in done.stderr

@@ -140,4 +140,4 @@ def test_auto_takes_the_kernels_only_where_a_card_has_run_them(monkeypatch):
     monkeypatch.setattr(huggingface, "is_proven", lambda device: True)
     assert plug(build("llama")).path == "triton"
     assert plug(build("llama"), "torch").path == "torch"
-    assert plug(build("llama"), compiled=True).path == "torch"
+    assert plug(build("llama"), whole=False).path == "torch"

@@ -26,6 +26,19 @@ def test_chunks_equal_whole_logits(monkeypatch, softcap):
     assert torch.autograd.gradcheck(lambda x, w: token_log_probs(x, w, targets), (x, weight), fast_mode=True)
 
 
+def test_a_frozen_head_gets_no_gradient(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(10, 8, requires_grad=True)
+    weight, targets = torch.randn(30, 8), torch.randint(0, 30, (10,))
+    made = []
+    monkeypatch.setattr(module, "_added", lambda total, part: made.append(part) or part)
+    (frozen,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets)[0], x)
+    assert not made
+    (trained,) = torch.autograd.grad(linear_cross_entropy(x, weight.requires_grad_(), targets)[0], x)
+    assert made
+    assert torch.equal(frozen, trained)
+
+
 WORKER = """
 import sys, torch, torch.distributed as dist
 from shipyard.kernels.linear_cross_entropy import linear_cross_entropy
