@@ -106,8 +106,7 @@ def attention_beside_peers(documents: str, width: int, value_width: int) -> Iter
     scores = HEADS * sum(length * (length + 1) / 2 for length in lengths)
     flops = (2 * scores * (width + value_width), 2 * scores * (3 * width + 2 * value_width))
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
-    longest = max(lengths)
-    yield clock(name, OURS, lambda q, k, v: flash_attention(q, k, v, cu, max_seqlen=longest), inputs, flops)
+    yield clock(name, OURS, lambda q, k, v: flash_attention(q, k, v, cu), inputs, flops)
     split = lambda x: x.transpose(0, 1)[None]
     sdpa = lambda q, k, v: F.scaled_dot_product_attention(split(q), split(k), split(v), is_causal=True, enable_gqa=True)
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if len(lengths) == 1 else ():
@@ -117,7 +116,7 @@ def attention_beside_peers(documents: str, width: int, value_width: int) -> Iter
     if width == value_width:
         yield peer(name, "FlexAttention", flex_attention_of(lengths), inputs, flops)
     if importlib.util.find_spec("flash_attn"):
-        varlen = importlib.import_module("flash_attn").flash_attn_varlen_func
+        varlen, longest = importlib.import_module("flash_attn").flash_attn_varlen_func, max(lengths)
         theirs = lambda q, k, v: varlen(q, k, v, cu, cu, longest, longest, causal=True)
         yield peer(name, "flash-attn", theirs, inputs, flops)
 

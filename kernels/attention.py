@@ -12,7 +12,7 @@ import torch
 
 from .attention_backward_tiles import key_value_kernel, query_kernel
 from .attention_tiles import attention_kernel, delta_kernel, zero_slack_kernel
-from .jit import NEWER, architecture, cdiv, tl, use_triton
+from .jit import NEWER, architecture, cdiv, compute_type, is_exact, use_triton, wide_type
 
 LOG2_E = 1.0 / math.log(2.0)
 WHOLE = {width: (width, 0) for width in (16, 32, 64, 128, 256)}
@@ -21,7 +21,7 @@ WIDTHS = WHOLE | {80: (64, 16), 96: (64, 32), 192: (128, 64)}  # head width -> t
 
 def width_parts(width: int, dtype: torch.dtype) -> tuple[int, int]:
     """The two parts of a tile; in fp32 and fp64 always two, whose products round less than one long chain of sums."""
-    halves = dtype in (torch.float32, torch.float64) and WIDTHS[width][1] == 0 and width > 16
+    halves = is_exact(dtype) and WIDTHS[width][1] == 0 and width > 16
     return (width // 2, width // 2) if halves else WIDTHS[width]
 
 
@@ -41,8 +41,6 @@ class Features(NamedTuple):
     window: int | None
     softcap: float | None
     scale: float
-    max_queries: int
-    max_keys: int
 
 
 def attention_tile(arch: str, part: str, width: int, value_width: int, dtype: torch.dtype) -> Tile:
@@ -129,7 +127,7 @@ def _queries_tile(arch: str, wide: int) -> Tile:
     if arch == "sm_120" and wide >= 96:
         return {96: Tile(64, 32, 4, 2), 128: Tile(64, 64, 8, 1)}.get(wide, Tile(32, 32, 4, 1))
     if wide == 256:
-        return Tile(64, 32, 8 if arch == "sm_80" else 4, 1)
+        return {"sm_80": Tile(64, 32, 8, 1), "sm_89": Tile(32, 32, 4, 1)}.get(arch, Tile(64, 32, 4, 1))
     return Tile(64, 64 if wide <= 128 else 32, 4, 1)
 
 
@@ -171,21 +169,20 @@ def _reference_document(q_HTD, k_HSD, v_HSE, causal, window, softcap, sinks_H, s
     if sinks_H is not None:
         sink_HT1 = sinks_H[:, None, None].expand(-1, queries, 1).to(s_HTS.dtype)
         s_HTS = torch.cat([s_HTS, sink_HT1], 2)
-    wide = s_HTS if s_HTS.dtype == torch.float64 else s_HTS.float()
-    p_HTS = torch.softmax(wide, -1)[..., :keys].to(q_HTD.dtype) if keys else wide[..., :0].to(q_HTD.dtype)
+    s_HTS = s_HTS.to(wide_type(s_HTS.dtype))
+    p_HTS = torch.softmax(s_HTS, -1)[..., :keys].to(q_HTD.dtype) if keys else s_HTS[..., :0].to(q_HTD.dtype)
     return (torch.matmul(p_HTS, v_HSE) * some_T1).transpose(0, 1)
 
 
 def flash_attention(q_THD, k_SGD, v_SGE, cu_seqlens=None, *, cu_seqlens_k=None, causal=True, window=None,
-                    softcap=None, sinks_H=None, scale=None, max_seqlen=None, max_seqlen_k=None,
-                    tile=None) -> torch.Tensor:  # fmt: skip
+                    softcap=None, sinks_H=None, scale=None, tile=None) -> torch.Tensor:  # fmt: skip
     """softmax(q k^T scale) v within each document, (T,H,D), (S,G,D), (S,G,E) -> (T,H,E), differentiable.
 
     `cu_seqlens` (N+1 int32, first 0) packs documents; rows after the last border come back as zeros, as do rows that
     see no key. `cu_seqlens_k` gives the keys borders of their own, aligned at the end: a chunk of queries behind its
     cache. `window` counts keys including the query's own, `softcap` is cap * tanh(score / cap), `sinks_H` a learned
-    logit per head that takes part in the softmax and carries no value. `max_seqlen` spares a device synchronisation.
-    `tile` overrides the shape of the tiles (tests).
+    logit per head that takes part in the softmax and carries no value. `tile` overrides the shape of the tiles (tests).
+    Nothing waits for the device.
     """
     _check(q_THD, k_SGD, v_SGE, cu_seqlens, cu_seqlens_k, causal, window, softcap, sinks_H, scale)
     if not use_triton(q_THD):
@@ -193,21 +190,22 @@ def flash_attention(q_THD, k_SGD, v_SGE, cu_seqlens=None, *, cu_seqlens_k=None, 
             q_THD, k_SGD, v_SGE, cu_seqlens, cu_seqlens_k=cu_seqlens_k, causal=causal, window=window, softcap=softcap,
             sinks_H=sinks_H, scale=scale,
         )  # fmt: skip
-    device = q_THD.device
     if cu_seqlens is None:
-        max_seqlen, max_seqlen_k = q_THD.shape[0], k_SGD.shape[0]
-        cu_seqlens = torch.tensor([0, max_seqlen], dtype=torch.int32, device=device)
-        cu_seqlens_k = torch.tensor([0, max_seqlen_k], dtype=torch.int32, device=device)
+        cu_seqlens, cu_seqlens_k = (_one_document(x.shape[0], q_THD.device) for x in (q_THD, k_SGD))
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    if cu_seqlens.numel() < 2:
-        max_seqlen = max_seqlen_k = 0
-    max_seqlen = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
-    same = cu_seqlens_k is cu_seqlens
-    if max_seqlen_k is None:
-        max_seqlen_k = max_seqlen if same else int(cu_seqlens_k.diff().max())
     scale = q_THD.shape[2] ** -0.5 if scale is None else scale
-    features = Features(causal, window, softcap, scale, max_seqlen, max_seqlen_k)
+    features = Features(causal, window, softcap, scale)
     return _Attention.apply(q_THD, k_SGD, v_SGE, sinks_H, cu_seqlens, cu_seqlens_k, features, tile)
+
+
+def _one_document(length: int, device: torch.device) -> torch.Tensor:
+    """Its borders, made on the device itself: copying them there would wait for it."""
+    return torch.arange(2, dtype=torch.int32, device=device) * length
+
+
+def _places(rows: int, documents: int, block: int) -> int:
+    """Programs that hold every tile of `documents` documents; `tile_of` finds a program's own."""
+    return (rows + documents * (block - 1)) // block
 
 
 def _check(q, k, v, cu_q, cu_k, causal, window, softcap, sinks, scale) -> None:
@@ -238,13 +236,13 @@ def _check(q, k, v, cu_q, cu_k, causal, window, softcap, sinks, scale) -> None:
 def _switches(q: torch.Tensor, v: torch.Tensor, features: Features) -> dict[str, Any]:
     """The compile-time arguments; C takes a score to base 2, INNER and CAP are the softcap."""
     (d1, d2), (e1, e2) = (width_parts(x.shape[2], q.dtype) for x in (q, v))
-    cap, exact = features.softcap, q.dtype in (torch.float32, torch.float64)
+    cap, exact = features.softcap, is_exact(q.dtype)
     c = features.scale * LOG2_E if cap is None else LOG2_E
     return dict(
         C=c, C_LOW=c - struct.unpack("f", struct.pack("f", c))[0] if q.dtype == torch.float32 else 0.0, EXACT=exact,
         INNER=0.0 if cap is None else features.scale / cap, CAP=cap or 0.0, D1=d1, D2=d2, E1=e1, E2=e2,
         CAUSAL=features.causal, WINDOW=features.window is not None, SOFTCAP=cap is not None, PRECISION="ieee",
-        COMPUTE=tl.float64 if q.dtype == torch.float64 else tl.float32,
+        COMPUTE=compute_type(q.dtype),
     )  # fmt: skip
 
 
@@ -253,49 +251,53 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, sinks, cu_q, cu_k, features: Features, tile: Tile | None):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         tokens, heads, width = q.shape
-        state = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = torch.empty(tokens, heads, v.shape[2], dtype=q.dtype, device=q.device)
-        lse = torch.empty(heads, tokens, dtype=state, device=q.device)  # EXACT: the row maximum
-        inverse = torch.empty_like(lse) if q.dtype in (torch.float32, torch.float64) else lse
+        lse = torch.empty(heads, tokens, dtype=wide_type(q.dtype), device=q.device)  # EXACT: the row maximum
+        inverse = torch.empty_like(lse) if is_exact(q.dtype) else lse
         shape = tile or attention_tile(architecture(q.device), "forward", width, v.shape[2], q.dtype)
+        # the backward pass takes delta from the output: rounded to fp16 it would be off by more than eager code is
+        keeps_rest = q.dtype == torch.float16 and any(ctx.needs_input_grad)
+        rest = torch.empty_like(out) if keeps_rest else None
         documents = cu_q.numel() - 1
-        if features.max_queries and documents:
-            attention_kernel[(cdiv(features.max_queries, shape.queries), heads, documents)](
-                q, k, v, sinks if sinks is not None else lse, out, lse, inverse, cu_q, cu_k, *q.stride()[:2],
-                *k.stride()[:2],
-                *v.stride()[:2], *out.stride()[:2], tokens, features.window or 0,
-                heads // k.shape[1], BM=shape.queries, BN=shape.keys, SINKS=sinks is not None,
-                num_warps=shape.warps, num_stages=shape.stages, **_switches(q, v, features),
+        if tokens and documents > 0:
+            attention_kernel[(_places(tokens, documents, shape.queries), heads)](
+                q, k, v, lse if sinks is None else sinks, out, out if rest is None else rest, lse, inverse, cu_q, cu_k,
+                documents, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], tokens,
+                features.window or 0, heads // k.shape[1], REST=keeps_rest, BM=shape.queries, BN=shape.keys,
+                SINKS=sinks is not None, num_warps=shape.warps, num_stages=shape.stages,
+                **_switches(q, v, features),
             )  # fmt: skip
         _zero_slack(out, cu_q)
-        ctx.save_for_backward(q, k, v, sinks, cu_q, cu_k, out, lse, inverse)
+        if rest is not None:
+            _zero_slack(rest, cu_q)
+        ctx.save_for_backward(q, k, v, sinks, cu_q, cu_k, out, rest, lse, inverse)
         ctx.features, ctx.tile = features, tile
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, sinks, cu_q, cu_k, out, lse, inverse = ctx.saved_tensors
+        q, k, v, sinks, cu_q, cu_k, out, rest, lse, inverse = ctx.saved_tensors
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         features: Features = ctx.features
         switches = _switches(q, v, features)
-        delta = torch.empty_like(lse) if switches["EXACT"] else _delta(out, dout, lse)
+        delta = torch.empty_like(lse) if switches["EXACT"] else _delta(out, rest, dout, lse)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         shared = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
         numbers = (lse.shape[1], features.window or 0, q.shape[1] // k.shape[1])
         arch, documents = architecture(q.device), cu_q.numel() - 1
         shape = ctx.tile or attention_tile(arch, "queries", q.shape[2], v.shape[2], q.dtype)
         # first, since in fp32 it makes delta for the other
-        if features.max_queries and documents:
-            query_kernel[(cdiv(features.max_queries, shape.queries), q.shape[1], documents)](
-                q, k, v, dout, lse, inverse, delta, dq, cu_q, cu_k, *shared, *dq.stride()[:2], *numbers,
+        if q.shape[0] and documents > 0:
+            query_kernel[(_places(q.shape[0], documents, shape.queries), q.shape[1])](
+                q, k, v, dout, lse, inverse, delta, dq, cu_q, cu_k, documents, *shared, *dq.stride()[:2], *numbers,
                 BM=shape.queries, BN=shape.keys, num_warps=shape.warps, num_stages=shape.stages,
                 SCALE=features.scale, **switches,
             )  # fmt: skip
         shape = ctx.tile or attention_tile(arch, "keys", q.shape[2], v.shape[2], q.dtype)
-        if features.max_keys and documents:
-            key_value_kernel[(cdiv(features.max_keys, shape.keys), k.shape[1], documents)](
-                q, k, v, dout, lse, inverse, delta, dk, dv, cu_q, cu_k, *shared, *dk.stride()[:2], *dv.stride()[:2],
-                *numbers,
+        if k.shape[0] and documents > 0:
+            key_value_kernel[(_places(k.shape[0], documents, shape.keys), k.shape[1])](
+                q, k, v, dout, lse, inverse, delta, dk, dv, cu_q, cu_k, documents, *shared, *dk.stride()[:2],
+                *dv.stride()[:2], *numbers,
                 BM=shape.queries, BN=shape.keys, num_warps=shape.warps, num_stages=shape.stages,
                 SCALE=features.scale, **switches,
             )  # fmt: skip
@@ -305,14 +307,15 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, _sinks_gradient(sinks, lse, inverse, delta, cu_q, switches), None, None, None, None
 
 
-def _delta(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+def _delta(out: torch.Tensor, rest: torch.Tensor | None, dout: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     delta = torch.empty_like(lse)
     tokens, heads, width = out.shape
     e1, e2 = WIDTHS[width]
     if tokens:
         delta_kernel[(cdiv(tokens, 64), heads)](
-            out, dout, delta, tokens, *out.stride()[:2], *dout.stride()[:2], tokens, E1=e1, E2=e2, BLOCK=64,
-            COMPUTE=tl.float64 if out.dtype == torch.float64 else tl.float32, num_warps=4,
+            out, out if rest is None else rest, dout, delta, tokens, *out.stride()[:2], *dout.stride()[:2], tokens,
+            E1=e1, E2=e2, REST=rest is not None, BLOCK=64, num_warps=4,
+            COMPUTE=compute_type(out.dtype),
         )  # fmt: skip
     return delta
 

@@ -3,7 +3,17 @@
 Notation as in `attention_tiles.py`. `lse` is in base 2, so p = exp2(s * c - lse) needs no maximum.
 """
 
-from .attention_tiles import add_product, key_bounds, load_rows, query_bounds, raise_two, store_rows, tanh, visible
+from .attention_tiles import (
+    add_product,
+    key_bounds,
+    load_rows,
+    query_bounds,
+    raise_two,
+    store_rows,
+    tanh,
+    tile_of,
+    visible,
+)
 from .jit import jit, tl
 
 
@@ -77,20 +87,18 @@ def key_value_tiles(
 
 @jit
 def key_value_kernel(
-    q, k, v, dout, lse, inverse_total, delta, dk, dv, cu_q, cu_k, q_t: tl.constexpr, q_h, k_t: tl.constexpr, k_h,
-    v_t: tl.constexpr, v_h, do_t: tl.constexpr, do_h, dk_t, dk_h, dv_t, dv_h, lse_h, window, group, SCALE: tl.constexpr,
-    C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    q, k, v, dout, lse, inverse_total, delta, dk, dv, cu_q, cu_k, documents, q_t: tl.constexpr, q_h, k_t: tl.constexpr,
+    k_h, v_t: tl.constexpr, v_h, do_t: tl.constexpr, do_h, dk_t, dk_h, dv_t, dv_h, lse_h, window, group,
+    SCALE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr,
+    CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program makes BN rows of dK and dV of one key head, adding up the query heads of its group in order."""
-    n0 = tl.program_id(0) * BN
     kv_head = tl.program_id(1)
-    document = tl.program_id(2)
+    document, k_start, k_length, n0 = tile_of(cu_k, documents, BN)
     q_start = tl.load(cu_q + document).to(tl.int64)
-    k_start = tl.load(cu_k + document).to(tl.int64)
     q_length = (tl.load(cu_q + document + 1) - q_start).to(tl.int32)
-    k_length = (tl.load(cu_k + document + 1) - k_start).to(tl.int32)
     offset = k_length - q_length
     rows = n0 + tl.arange(0, BN)
     k += k_start * k_t + kv_head.to(tl.int64) * k_h
@@ -218,19 +226,16 @@ def query_sweep(
 
 @jit
 def query_kernel(
-    q, k, v, dout, lse, inverse_total, delta, dq, cu_q, cu_k, q_t: tl.constexpr, q_h, k_t: tl.constexpr, k_h,
+    q, k, v, dout, lse, inverse_total, delta, dq, cu_q, cu_k, documents, q_t: tl.constexpr, q_h, k_t: tl.constexpr, k_h,
     v_t: tl.constexpr, v_h, do_t: tl.constexpr, do_h, dq_t, dq_h, lse_h, window, group, SCALE: tl.constexpr,
     C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program makes BM rows of dQ of one head of one document."""
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head = tl.program_id(1)
-    document = tl.program_id(2)
-    q_start = tl.load(cu_q + document).to(tl.int64)
+    document, q_start, q_length, m0 = tile_of(cu_q, documents, BM)
     k_start = tl.load(cu_k + document).to(tl.int64)
-    q_length = (tl.load(cu_q + document + 1) - q_start).to(tl.int32)
     k_length = (tl.load(cu_k + document + 1) - k_start).to(tl.int32)
     offset = k_length - q_length
     rows = m0 + tl.arange(0, BM)

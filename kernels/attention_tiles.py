@@ -70,12 +70,46 @@ def store_rows(base, rows, limit, stride, tile, WIDTH: tl.constexpr, FIRST: tl.c
 
 
 @jit
+def store_result(out, rest, rows, limit, stride, tile, WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
+    """Stores a tile, and with REST also what its rounding to the type of `out` loses."""
+    store_rows(out, rows, limit, stride, tile, WIDTH, FIRST)
+    if REST:
+        store_rows(rest, rows, limit, stride, tile - tile.to(out.dtype.element_ty).to(tile.dtype), WIDTH, FIRST)
+
+
+@jit
 def add_product(acc, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
     """acc + a b. EXACT adds the product as one term: the rounding errors of a chain of sums grow with its length."""
     if EXACT:
         acc += tl.dot(a, b, tl.zeros_like(acc), input_precision=PRECISION, out_dtype=COMPUTE)
         return acc
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=COMPUTE)  # pyright: ignore
+
+
+@jit
+def tile_of(cu, documents, BLOCK: tl.constexpr):
+    """The document of this program, where that begins, its length, and the first row of the program's tile; a program
+    that has no tile gets rows past the document's end.
+
+    Document d begins at place (cu[d] + d (BLOCK - 1)) // BLOCK: wherever it starts, it has a place for each of its
+    tiles, and all documents together have less than one each to spare. So a launch needs to know no longest document,
+    and a short one costs no program for rows that only the longest has. The last tile, in causal attention the longest,
+    starts first. The search goes by scalars, one border at a time: counting a vector of borders made sm_80 and sm_90
+    spill, as if the threads of a program no longer shared their document.
+    """
+    place = tl.program_id(0)
+    low, high = 0, documents
+    while high - low > 1:
+        middle = (low + high) // 2
+        begun = (tl.load(cu + middle) + middle * (BLOCK - 1)) // BLOCK <= place
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    document = low
+    start = tl.load(cu + document)
+    end = tl.load(cu + document + 1)
+    after = (end + (document + 1) * (BLOCK - 1)) // BLOCK
+    left = after - 1 - place  # below zero in the rows after the last document
+    return document, start.to(tl.int64), end - start, tl.where(left < 0, end - start, left * BLOCK)
 
 
 @jit
@@ -185,19 +219,16 @@ def forward_tiles(
 
 @jit
 def attention_kernel(
-    q, k, v, sinks, out, lse, inverse_total, cu_q, cu_k, q_t, q_h, k_t: tl.constexpr, k_h, v_t: tl.constexpr, v_h, o_t,
-    o_h, lse_h, window, group, INNER: tl.constexpr, CAP: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
-    EXACT: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    q, k, v, sinks, out, rest, lse, inverse_total, cu_q, cu_k, documents, q_t, q_h, k_t: tl.constexpr, k_h,
+    v_t: tl.constexpr, v_h, o_t, o_h, lse_h, window, group, REST: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr,
+    C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr,
+    E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One program makes BM rows of one head of one document; the longest rows start first."""
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    """One program makes BM rows of one head of one document."""
     head = tl.program_id(1)
-    document = tl.program_id(2)
-    q_start = tl.load(cu_q + document).to(tl.int64)
+    document, q_start, q_length, m0 = tile_of(cu_q, documents, BM)
     k_start = tl.load(cu_k + document).to(tl.int64)
-    q_length = (tl.load(cu_q + document + 1) - q_start).to(tl.int32)
     k_length = (tl.load(cu_k + document + 1) - k_start).to(tl.int32)
     offset = k_length - q_length
     rows = m0 + tl.arange(0, BM)
@@ -243,9 +274,10 @@ def attention_kernel(
     seen = total > 0.0
     inverse = tl.where(seen, 1.0 / total, 0.0)
     out += q_start * o_t + head.to(tl.int64) * o_h
-    store_rows(out, rows, q_length, o_t, acc1 * inverse[:, None], E1, 0)
+    rest += q_start * o_t + head.to(tl.int64) * o_h
+    store_result(out, rest, rows, q_length, o_t, acc1 * inverse[:, None], E1, 0, REST)
     if E2 > 0:
-        store_rows(out, rows, q_length, o_t, acc2 * inverse[:, None], E2, E1)
+        store_result(out, rest, rows, q_length, o_t, acc2 * inverse[:, None], E2, E1, REST)
     # a row without keys gets +inf, which makes its probabilities zero in the backward pass
     at = head.to(tl.int64) * lse_h + q_start + rows
     if EXACT:  # the sum would round away what its parts know
@@ -257,20 +289,29 @@ def attention_kernel(
 
 
 @jit
-def delta_kernel(out, dout, delta, tokens, o_t, o_h, do_t, do_h, delta_h, E1: tl.constexpr, E2: tl.constexpr,
-                 BLOCK: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
+def delta_part(out, rest, dout, rows, left, o_t, do_t, WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+               COMPUTE: tl.constexpr):  # fmt: skip
+    """sum(dout * out) over WIDTH columns."""
+    o = load_rows(out, rows, left, o_t, WIDTH, FIRST, True).to(COMPUTE)
+    if REST:
+        o += load_rows(rest, rows, left, o_t, WIDTH, FIRST, True).to(COMPUTE)
+    return tl.sum(o * load_rows(dout, rows, left, do_t, WIDTH, FIRST, True).to(COMPUTE), 1)
+
+
+@jit
+def delta_kernel(out, rest, dout, delta, tokens, o_t, o_h, do_t, do_h, delta_h, E1: tl.constexpr, E2: tl.constexpr,
+                 REST: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """delta = sum(dout * out) per row: what the softmax's own derivative subtracts."""
     head = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     rows = tl.arange(0, BLOCK)
     left = tokens - start
     out += start * o_t + head * o_h
+    rest += start * o_t + head * o_h
     dout += start * do_t + head * do_h
-    o1 = load_rows(out, rows, left, o_t, E1, 0, True).to(COMPUTE)
-    total = tl.sum(o1 * load_rows(dout, rows, left, do_t, E1, 0, True).to(COMPUTE), 1)
+    total = delta_part(out, rest, dout, rows, left, o_t, do_t, E1, 0, REST, COMPUTE)
     if E2 > 0:
-        o2 = load_rows(out, rows, left, o_t, E2, E1, True).to(COMPUTE)
-        total += tl.sum(o2 * load_rows(dout, rows, left, do_t, E2, E1, True).to(COMPUTE), 1)
+        total += delta_part(out, rest, dout, rows, left, o_t, do_t, E2, E1, REST, COMPUTE)
     tl.store(delta + head * delta_h + start + rows, total, mask=rows < left)
 
 

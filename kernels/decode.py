@@ -8,7 +8,7 @@ sequence's result is the same bits in every batch (the fixed split size of "Defe
 import torch
 
 from .attention_tiles import add_product, raise_two
-from .jit import cdiv, exponent, jit, next_power_of_2, tl, use_triton
+from .jit import cdiv, exponent, jit, next_power_of_2, tl, use_triton, wide_type
 
 SPLIT_KEYS = 256
 TILE_KEYS = 64
@@ -28,7 +28,7 @@ def decode_reference(q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, scale=None) -
                 x[pages].flatten(0, 1)[:length].repeat_interleave(heads // groups, 1) for x in (k_PSGD, v_PSGD)
             )
             s_HT = torch.einsum("hd,thd->ht", q_BHD[row], k_THD) * scale
-            p_HT = torch.softmax(s_HT if s_HT.dtype == torch.float64 else s_HT.float(), -1).to(q_BHD.dtype)
+            p_HT = torch.softmax(s_HT.to(wide_type(s_HT.dtype)), -1).to(q_BHD.dtype)
             out_BHD[row] = torch.einsum("ht,thd->hd", p_HT, v_THD)
     return out_BHD
 
@@ -52,7 +52,7 @@ def decode_attention(q_BHD, k_PSGD, v_PSGD, page_table, lengths_B, scale=None) -
     q_BHD, k_PSGD, v_PSGD = q_BHD.contiguous(), k_PSGD.contiguous(), v_PSGD.contiguous()
     page_table = page_table.contiguous()
     splits = max(1, cdiv(page_table.shape[1] * slots, SPLIT_KEYS))
-    state = torch.float64 if q_BHD.dtype == torch.float64 else torch.float32
+    state = wide_type(q_BHD.dtype)
     parts = torch.empty(rows, heads, splits, width, dtype=state, device=q_BHD.device)
     tops, totals = (torch.empty(rows, heads, splits, dtype=state, device=q_BHD.device) for _ in range(2))
     out_BHD = torch.empty_like(q_BHD)

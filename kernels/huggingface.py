@@ -6,7 +6,6 @@ of a T x T block mask, or on a GPU that has run them, or where asked for, the Tr
 Shape suffixes: B rows, T tokens, H query heads, G key/value heads, D head width, E value width.
 """
 
-import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from .attention import WIDTHS, flash_attention
+from .documents import packing_of, sdpa_by_bucket, sdpa_document, sdpa_each
 from .jit import HAS_TRITON, architecture, need_triton
 from .linear_cross_entropy import linear_cross_entropy, token_log_probs
 from .rms_norm import rms_norm
@@ -231,33 +231,6 @@ def causal_lm_forward(base: Any, *args, labels: torch.Tensor | None = None, targ
     )  # fmt: skip
 
 
-def document_ends(position_ids_BT: torch.Tensor) -> list[list[int]]:
-    """For each row, the ends of its documents: a document goes on as long as positions count up by one."""
-    ends: list[list[int]] = []
-    width = position_ids_BT.shape[1]
-    breaks_BT = (position_ids_BT[:, 1:] - position_ids_BT[:, :-1]) != 1
-    for breaks_T in breaks_BT.cpu():
-        ends.append([*(torch.nonzero(breaks_T).flatten() + 1).tolist(), width])
-    return ends
-
-
-def sdpa_document(q_1HTD, k_1GTD, v_1GTE, scale, dropout, window, causal: bool, later=None) -> torch.Tensor:
-    """SDPA over documents of equal length, (B,H,T,D) x (B,G,S,D) x (B,G,S,E) -> (B,H,T,E).
-
-    Queries are the last T of S tokens; where these are not all, `later` says what of them they see, without a window.
-    """
-    queries, length, mask = q_1HTD.shape[2], k_1GTD.shape[2], later
-    if causal and window is not None and length > window:
-        index = torch.arange(length, device=q_1HTD.device)
-        back = index[length - queries :, None] - index[None, :]
-        mask = (back >= 0) & (back < window)
-    gqa = k_1GTD.shape[1] != q_1HTD.shape[1]
-    return F.scaled_dot_product_attention(
-        q_1HTD, k_1GTD, v_1GTE, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and queries > 1,
-        scale=scale, enable_gqa=gqa,
-    )  # fmt: skip
-
-
 @torch.compiler.disable
 def attention_per_document(
     module: torch.nn.Module,
@@ -285,20 +258,13 @@ def attention_per_document(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    rows, length = query.shape[0], query.shape[2]
-    ends = document_ends(position_ids) if position_ids is not None else [[length]]
-    if all(row == [length] for row in ends):
-        out_BHTE = sdpa_document(query, key, value, scaling, dropout, sliding_window, causal)
+    packing = packing_of(position_ids, query.shape[0], query.shape[2], query.device)
+    options = (scaling, dropout, sliding_window, causal)
+    if len(packing.borders) == query.shape[0] + 1:
+        out_BHTE = sdpa_document(query, key, value, *options)
         return out_BHTE.transpose(1, 2).contiguous(), None
-    ends = ends * rows if len(ends) == 1 else ends  # position ids may be given once for all rows
-    out_rows = []
-    for row, row_ends in enumerate(ends):
-        lengths = [end - start for start, end in itertools.pairwise([0, *row_ends])]
-        # split, not slices: the gradient of a slice is as large as the whole row, once for each document
-        parts = zip(*(x[row : row + 1].split(lengths, 2) for x in (query, key, value)), strict=True)
-        pieces = [sdpa_document(q, k, v, scaling, dropout, sliding_window, causal) for q, k, v in parts]
-        out_rows.append(torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).contiguous())
-    return torch.cat(out_rows) if len(out_rows) > 1 else out_rows[0], None
+    attend = sdpa_each if query.device.type == "cpu" else sdpa_by_bucket
+    return attend(packing, query, key, value, *options), None
 
 
 def documents_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **kwargs):
@@ -310,31 +276,6 @@ def documents_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
     return sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **kwargs
     )
-
-
-class _Borders:
-    """cu_seqlens of the position ids seen last: all layers of one forward pass share them, and one synchronisation."""
-
-    def __init__(self) -> None:
-        self.key: tuple = ()
-        self.positions: torch.Tensor | None = None
-        self.cu = torch.zeros(1, dtype=torch.int32)
-        self.longest = 0
-
-    def of(self, position_ids: torch.Tensor | None, rows: int, length: int, device) -> tuple[torch.Tensor, int]:
-        tracked = position_ids is not None and not position_ids.is_inference()
-        version = position_ids._version if tracked and position_ids is not None else 0
-        if self.positions is not position_ids or self.key != (version, rows, length, device) or position_ids is None:
-            ends = document_ends(position_ids) if position_ids is not None else [[length]]
-            ends = ends * rows if len(ends) == 1 else ends
-            borders = [0, *(row * length + end for row in range(rows) for end in ends[row])]
-            self.cu = torch.tensor(borders, dtype=torch.int32, device=device)
-            self.longest = max(end - start for start, end in itertools.pairwise(borders))
-            self.positions, self.key = position_ids, (version, rows, length, device)
-        return self.cu, self.longest
-
-
-BORDERS = _Borders()
 
 
 @torch.compiler.disable
@@ -361,11 +302,9 @@ def attention_triton(
         )
     rows, heads, length, _ = query.shape
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    cu, longest = BORDERS.of(position_ids, rows, length, query.device)
+    cu = packing_of(position_ids, rows, length, query.device).cu_seqlens
     q, k, v = (x.transpose(1, 2).reshape(rows * length, x.shape[1], x.shape[3]) for x in (query, key, value))
-    out = flash_attention(
-        q, k, v, cu, causal=causal, window=sliding_window if causal else None, scale=scaling, max_seqlen=longest
-    )
+    out = flash_attention(q, k, v, cu, causal=causal, window=sliding_window if causal else None, scale=scaling)
     return out.view(rows, length, heads, value.shape[3]), None
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import struct
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ elif HAS_TRITON:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
+    jit = partial(triton.jit, do_not_specialize=("documents",))  # each batch has another number of them
     if INTERPRETED:
         from .interpreter import install
 
@@ -78,11 +79,24 @@ def cdiv(count: int, step: int) -> int:
     return -(-count // step)
 
 
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether a result's last bits matter; what is rounded to half a word needs no sums of what rounding lost."""
+    return dtype in (torch.float32, torch.float64)
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a kernel and its reference add up: fp64 for fp64 (tests), else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """`wide_type` in Triton's words."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def exponent(dtype: torch.dtype, factor: float = 1.0) -> dict[str, Any]:
     """Arguments that make `raise_two` e ** (factor * x): a factor to base 2, what fp32 loses of it, whether last bits
     matter (where the result is rounded to half a word they do not), and the type."""
     c = factor / math.log(2.0)
-    wide = dtype == torch.float64
-    low = 0.0 if wide else c - struct.unpack("f", struct.pack("f", c))[0]
-    exact = dtype in (torch.float32, torch.float64)
-    return dict(C=c, C_LOW=low if exact else 0.0, EXACT=exact, COMPUTE=tl.float64 if wide else tl.float32)
+    low = c - struct.unpack("f", struct.pack("f", c))[0] if dtype == torch.float32 else 0.0
+    return dict(C=c, C_LOW=low, EXACT=is_exact(dtype), COMPUTE=compute_type(dtype))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from .attention_tiles import raise_two, tanh_series
-from .jit import architecture, cdiv, exponent, jit, tl, use_triton
+from .jit import architecture, cdiv, exponent, is_exact, jit, tl, use_triton, wide_type
 
 IGNORE = -100
 CHUNK_TOKENS = 256
@@ -34,7 +34,7 @@ class LogitTile(NamedTuple):
 
 def logit_tile_of(arch: str, dtype: torch.dtype) -> LogitTile:
     """The configuration, a plain function of the architecture and dtype."""
-    if dtype in (torch.float32, torch.float64):  # shorter chains of sums round less
+    if is_exact(dtype):  # shorter chains of sums round less
         return LogitTile(64, 64, 32, 4, 2 if arch.startswith("gfx") else 3)
     if arch == "sm_90":
         return LogitTile(128, 256, 64, 8, 3)
@@ -53,7 +53,7 @@ def reference_log_probs(x_TD, weight_VD, targets_T, *, ignore_index=IGNORE, soft
     """The plain PyTorch twin of `token_log_probs` on one rank: forms all logits. Returns (log p, logsumexp),
     each (T,)."""
     logits_TV = torch.matmul(x_TD, weight_VD.T)
-    logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    logits_TV = logits_TV.to(wide_type(logits_TV.dtype))
     if softcap is not None:
         logits_TV = softcap * torch.tanh(logits_TV / softcap)
     lse_T = torch.logsumexp(logits_TV, -1)
@@ -126,13 +126,9 @@ class _TokenLogProbs(torch.autograd.Function):
         return dx_TD.to(x_TD.dtype), None if dweight_VD is None else dweight_VD.to(weight_VD.dtype), None, None
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _logits(x_CD, weight_VD, softcap):
     """fp32 logits of one chunk and the slope of the softcap (None without)."""
-    raw_CV = torch.matmul(x_CD, weight_VD.T).to(_wide(x_CD))
+    raw_CV = torch.matmul(x_CD, weight_VD.T).to(wide_type(x_CD.dtype))
     if softcap is None:
         return raw_CV, None
     bend_CV = torch.tanh(raw_CV / softcap)
@@ -148,13 +144,13 @@ def _forward_torch(x_TD, weight_VD, ids_T, softcap):
         at_C1 = torch.where(inside_C, ids_T[part], 0)[:, None]
         picked.append(torch.where(inside_C, logits_CV.gather(1, at_C1)[:, 0], 0.0))
         lse.append(torch.logsumexp(logits_CV, -1))
-    empty = x_TD.new_zeros(0, dtype=_wide(x_TD))
+    empty = x_TD.new_zeros(0, dtype=wide_type(x_TD.dtype))
     lse_T = torch.cat([empty, *lse])
     return torch.cat([empty, *picked]), lse_T, torch.zeros_like(lse_T)
 
 
 def _backward_torch(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softcap, trains: bool):
-    dx_TD, dweight_VD = torch.zeros(x_TD.shape, dtype=_wide(x_TD), device=x_TD.device), None
+    dx_TD, dweight_VD = torch.zeros(x_TD.shape, dtype=wide_type(x_TD.dtype), device=x_TD.device), None
     for start in range(0, x_TD.shape[0], CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         logits_CV, slope_CV = _logits(x_TD[part], weight_VD, softcap)
@@ -171,7 +167,7 @@ def _backward_torch(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softca
 
 def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
     """The sum of the chunks' gradients, in fp32 where there are several; one alone needs no pass over the head."""
-    return part if total is None else total.to(_wide(part)).add_(part)
+    return part if total is None else total.to(wide_type(part.dtype)).add_(part)
 
 
 def _switches(x_TD, softcap) -> dict[str, Any]:
@@ -190,7 +186,7 @@ def _forward_triton(x_TD, weight_VD, ids_T, softcap):
     tokens, vocabulary = x_TD.shape[0], weight_VD.shape[0]
     splits, switches = cdiv(vocabulary, SPLIT_ROWS), _switches(x_TD, softcap)
     stride = cdiv(tokens, 16) * 16  # rows of 128-bit accesses
-    picked, lse, lost = (torch.empty(stride, dtype=_wide(x_TD), device=x_TD.device) for _ in range(3))
+    picked, lse, lost = (torch.empty(stride, dtype=wide_type(x_TD.dtype), device=x_TD.device) for _ in range(3))
     tops, totals, found = (lse.new_empty(splits, stride) for _ in range(3))
     if tokens:
         log_prob_kernel[(cdiv(tokens, switches["BT"]), splits)](
@@ -208,7 +204,7 @@ def _backward_triton(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softc
     then two dense products: cuBLAS is best at those."""
     x_TD, weight_VD = x_TD.contiguous(), weight_VD.contiguous()
     vocabulary, switches = weight_VD.shape[0], _switches(x_TD, softcap)
-    dx_TD, dweight_VD = torch.zeros(x_TD.shape, dtype=_wide(x_TD), device=x_TD.device), None
+    dx_TD, dweight_VD = torch.zeros(x_TD.shape, dtype=wide_type(x_TD.dtype), device=x_TD.device), None
     chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary // switches["BT"] * switches["BT"])
     for start in range(0, x_TD.shape[0], chunk):
         part = slice(start, start + chunk)

@@ -51,12 +51,17 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def read_nvidia(cubin: bytes) -> Code:
-    """Disassembles a cubin."""
+def nvidia_listing(cubin: bytes) -> tuple[str, str]:
+    """What a cubin uses, in cuobjdump's words, and its SASS."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, listing = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+        return _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+
+
+def read_nvidia(cubin: bytes) -> Code:
+    """Disassembles a cubin."""
+    usage, listing = nvidia_listing(cubin)
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []

@@ -5,7 +5,7 @@ Shape suffixes: T rows (any leading shape is flattened), D width, P partial sums
 
 import torch
 
-from .jit import cdiv, jit, next_power_of_2, tl, use_triton
+from .jit import cdiv, compute_type, is_exact, jit, next_power_of_2, tl, use_triton, wide_type
 
 ROWS_PER_PARTIAL = 16  # rows whose weight gradient one program adds up, in order: no atomics; several programs an SM
 
@@ -13,8 +13,8 @@ ROWS_PER_PARTIAL = 16  # rows whose weight gradient one program adds up, in orde
 def rms_norm_reference(x, weight_D, eps: float, residual=None):
     """The plain PyTorch twin of `rms_norm`; rounds where Llama's module in transformers does."""
     x = x if residual is None else x + residual
-    wide = x if x.dtype == torch.float64 else x.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    x_wide = x.to(wide_type(x.dtype))
+    normed = x_wide * torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
     y = weight_D * normed.to(x.dtype)
     return y if residual is None else (y, x)
 
@@ -43,13 +43,12 @@ class _RmsNorm(torch.autograd.Function):
         rows = x_TD.shape[0]
         y_TD = torch.empty_like(x_TD)
         s_TD = x_TD if residual is None else torch.empty_like(x_TD)
-        compute = tl.float64 if x.dtype == torch.float64 else tl.float32
-        exact = x.dtype in (torch.float32, torch.float64)
-        rstd_T = torch.empty(rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+        rstd_T = torch.empty(rows, dtype=wide_type(x.dtype), device=x.device)
         if rows:
             rms_norm_kernel[(rows,)](
                 x_TD, residual_TD, weight_D, y_TD, s_TD, rstd_T, eps, WIDTH=width, BLOCK=next_power_of_2(width),
-                RESIDUAL=residual is not None, EXACT=exact, COMPUTE=compute, num_warps=norm_warps(width),
+                RESIDUAL=residual is not None, EXACT=is_exact(x.dtype),
+                COMPUTE=compute_type(x.dtype), num_warps=norm_warps(width),
             )  # fmt: skip
         ctx.save_for_backward(s_TD, weight_D, rstd_T)
         ctx.has_residual = residual is not None
@@ -70,8 +69,8 @@ class _RmsNorm(torch.autograd.Function):
         if rows:
             rms_norm_backward_kernel[(partials,)](
                 dy_TD, ds_TD, s_TD, weight_D, rstd_T, dx_TD, dw_PD, rows, WIDTH=width, BLOCK=next_power_of_2(width),
-                ROWS=ROWS_PER_PARTIAL, RESIDUAL=ctx.has_residual, EXACT=dy.dtype in (torch.float32, torch.float64),
-                COMPUTE=tl.float64 if dy.dtype == torch.float64 else tl.float32, num_warps=norm_warps(width),
+                ROWS=ROWS_PER_PARTIAL, RESIDUAL=ctx.has_residual, EXACT=is_exact(dy.dtype),
+                COMPUTE=compute_type(dy.dtype), num_warps=norm_warps(width),
             )  # fmt: skip
         dx = dx_TD.view(dy.shape)
         return dx, dw_PD.sum(0).to(weight_D.dtype), None, dx if ctx.has_residual else None

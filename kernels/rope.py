@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .jit import cdiv, jit, next_power_of_2, tl, use_triton
+from .jit import cdiv, compute_type, jit, next_power_of_2, tl, use_triton
 
 HEADS_EACH = 8  # of a program: the angles of a token are read once for so many, and there are programs enough
 
@@ -132,7 +132,7 @@ def _launch(q_BTHD, k_BTGD, cos_BTR, sin_BTR, interleaved: bool, sign: float):
         *q_BTHD.stride()[:3], *k_BTGD.stride()[:3], *out_q.stride()[:2], *out_k.stride()[:2],
         HEADS=heads, KEY_HEADS=key_heads, EACH=HEADS_EACH, WIDTH=width, PAIRS=pairs, PAIRS_BLOCK=next_power_of_2(pairs),
         REST_BLOCK=next_power_of_2(width - 2 * pairs), BLOCK=block, INTERLEAVED=interleaved,
-        COMPUTE=tl.float64 if q_BTHD.dtype == torch.float64 else tl.float32, num_warps=4,
+        COMPUTE=compute_type(q_BTHD.dtype), num_warps=4,
     )  # fmt: skip
     return out_q, out_k
 

@@ -53,13 +53,14 @@ def attention_configuration(
     exact, cap = dtype == torch.float32, 30.0 if features else 0.0
     constants = dict(
         D1=d1, D2=d2, E1=e1, E2=e2, BM=tile.queries, BN=tile.keys, CAUSAL=True, WINDOW=features, SOFTCAP=features,
-        SINKS=features, PRECISION="ieee", COMPUTE=tl.float32, C=width**-0.5 * attention.LOG2_E, C_LOW=0.0, EXACT=exact,
+        SINKS=features, REST=dtype == torch.float16, PRECISION="ieee", COMPUTE=tl.float32,
+        C=width**-0.5 * attention.LOG2_E, C_LOW=0.0, EXACT=exact,
         INNER=width**-0.5 / cap if cap else 0.0, CAP=cap, SCALE=width**-0.5, k_t=HEADS * width, v_t=HEADS * value_width,
     )  # fmt: skip
     if part != "forward":
         constants |= dict(q_t=HEADS * width, do_t=HEADS * value_width)
     kernel = PARTS[part]
-    types = dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), KINDS[dtype])
+    types = dict.fromkeys(("q", "k", "v", "out", "rest", "dout", "dq", "dk", "dv"), KINDS[dtype])
     types |= dict.fromkeys(("sinks", "lse", "inverse_total", "delta"), "*fp32") | {"cu_q": "*i32", "cu_k": "*i32"}
     return Configuration(
         f"attention {part} {width}/{value_width} {str(dtype).removeprefix('torch.')}" + FEATURES * features, kernel,
@@ -87,8 +88,8 @@ def other_configurations(arch: str) -> list[Configuration]:
 
 def _attention_rest(make) -> Iterator[Configuration]:
     floats = dict(COMPUTE=tl.float32)
-    yield make("attention delta", delta_kernel, dict(E1=128, E2=0, BLOCK=64) | floats,
-               {"out": "*bf16", "dout": "*bf16", "delta": "*fp32"})  # fmt: skip
+    yield make("attention delta", delta_kernel, dict(E1=128, E2=0, REST=False, BLOCK=64) | floats,
+               {"out": "*bf16", "rest": "*bf16", "dout": "*bf16", "delta": "*fp32"})  # fmt: skip
     yield make("attention zero slack", zero_slack_kernel, dict(WIDTH=4096, BLOCK=64, COLUMNS=64),
                {"out": "*bf16", "cu": "*i32"})  # fmt: skip
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from ..kernels.huggingface import TORCH_ATTENTION, document_ends, sdpa_document
+from ..kernels.documents import document_ends, sdpa_document
+from ..kernels.huggingface import TORCH_ATTENTION
 from .batches import MicroBatch
 
 

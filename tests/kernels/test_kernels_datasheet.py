@@ -1,5 +1,6 @@
 """Ahead-of-time compilation: the laws of the datasheet, planted faults, the golden hot loops, and the page."""
 
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -13,6 +14,7 @@ from shipyard.kernels.datasheet import (
     against_golden,
     attention_sheet,
     build_datasheet,
+    compile_kernel,
     datasheet_of,
     golden_of,
     in_golden,
@@ -25,7 +27,7 @@ from shipyard.kernels.datasheet import (
     write_golden,
 )
 from shipyard.kernels.datasheet_page import CARD, DIAGONAL_BAR, PLAIN_BAR, markdown, put_card, ratios, write_datasheet
-from shipyard.kernels.machine_code import read_amd
+from shipyard.kernels.machine_code import nvidia_listing, read_amd
 from shipyard.kernels.shipped import ARCHITECTURES, attention_configuration, configurations, other_configurations
 
 SOUND = Sheet(
@@ -150,6 +152,17 @@ def test_planted_missing_alignment_is_caught():
     swiglu = next(c for c in other_configurations("sm_90") if c.name == "swiglu")
     assert problems(sheet_of(swiglu, "sm_90")) == []
     assert any("in 128-bit accesses" in line for line in problems(sheet_of(swiglu, "sm_90", aligned=False)))
+
+
+def test_no_loop_rounds_a_capped_score_otherwise_than_another():
+    """CAP * tanh - shift in one fma here, in two roundings there: a chunk of a prefill then differs from the whole. The
+    product by the cap (30) is rounded by itself in every loop: an fma that adds zero."""
+    configuration = attention_configuration("sm_80", "forward", (64, 64), torch.float32, features=True)
+    _, sass = nvidia_listing(compile_kernel(configuration, "sm_80").asm["cubin"])
+    products = re.findall(r"F(?:FMA|MUL)\S* R\d+, R\d+(?:\.reuse)?, 30(.*?);", sass)
+    assert set(map(str.strip, products)) == {", RZ"}
+    scores = configuration.tile.queries * configuration.tile.keys // (32 * configuration.warps)
+    assert len(products) == scores * len(configuration.loops)
 
 
 @pytest.mark.parametrize(("arch", "part", "width"), [("sm_90", "forward", 64), ("sm_80", "keys", 128)])

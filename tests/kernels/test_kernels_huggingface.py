@@ -3,7 +3,8 @@
 import pytest
 import torch
 from shipyard.kernels import huggingface
-from shipyard.kernels.huggingface import document_ends, plug
+from shipyard.kernels.documents import document_ends, packing_of, sdpa_by_bucket, sdpa_each
+from shipyard.kernels.huggingface import plug
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 SMALL = dict(
@@ -45,6 +46,49 @@ def gradients(model, ids, positions):
 def test_document_ends_from_positions():
     positions = torch.tensor([[0, 1, 2, 0, 0, 1], [5, 6, 7, 8, 9, 10]])
     assert document_ends(positions) == [[3, 4, 6], [6]]
+
+
+class CallsOfSdpa(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("window", "causal", "calls"), [(None, True, 4), (5, True, 4), (None, False, 8)])
+def test_documents_of_like_length_share_a_call(window, causal, calls):
+    """What a GPU without kernels runs: the values and gradients of one call a document, in fewer calls. Lengths of a
+    power of two, one off it, a single token; two rows; keys shared by heads, values of another width."""
+    lengths = ([1, 16, 17, 15, 31, 32, 33], [65, 31, 16, 33])
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    torch.manual_seed(0)
+    shapes = ((2, 4, 145, 8), (2, 2, 145, 8), (2, 2, 145, 6))
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    packing = packing_of(positions, 2, 145, positions.device)
+    results = []
+    for attend in (sdpa_each, sdpa_by_bucket):
+        with CallsOfSdpa() as counted:
+            out = attend(packing, *leaves, None, 0.0, window, causal)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    assert counted.count == calls
+    for mine, each in zip(*results, strict=True):
+        torch.testing.assert_close(mine, each, rtol=0, atol=1e-12)
+
+
+def test_a_packing_is_read_once_and_anew_after_a_change():
+    positions = torch.tensor([[0, 1, 2, 0]])
+    first = packing_of(positions, 1, 4, positions.device)
+    assert packing_of(positions, 1, 4, positions.device) is first
+    positions[0, 2] = 0
+    assert packing_of(positions, 1, 4, positions.device).ends == [[2, 3, 4]]
+    assert packing_of(positions, 2, 4, positions.device).borders == [0, 2, 3, 4, 6, 7, 8]
+    with torch.inference_mode():
+        served = torch.tensor([[0, 1, 2, 0]])
+        assert packing_of(served, 1, 4, served.device).ends == [[3, 4]]
+        served[0, 2] = 0
+        assert packing_of(served, 1, 4, served.device).ends == [[2, 3, 4]]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
