@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from ..training.checkpoint import committed, newest
+from ..training.ending import FILE
 from ..training.exit_code import EXIT_BAD_STEP, EXIT_SILENT
 from ..training.health import FEWEST, HISTORY, replay_path
 from ..training.manifest import MANIFEST
@@ -184,12 +185,25 @@ def spike(ground: Ground) -> Drill:
     return Drill("a spike of the gradient norm, two ranks", 1, int(held), promise, seen)
 
 
-def not_started_again(ground: Ground) -> Drill:
-    """A bad step under a launcher with restarts: it would be bad again, so the job ends with the ranks' own code."""
+def not_started_again(ground: Ground, launcher: Launcher) -> Drill:
+    """A bad step under a launcher with restarts: it would be bad again, so the job ends without computing it again.
+
+    torchrun knows no final codes and starts ranks again, which end at once by what the first ones left in the run."""
     poison, _ = poisoned(ground, 5)
-    job = launch("shipyard launch", poison.recipe, poison.folder / "launched", ["health.on_bad_step=stop"], restarts=2)
+    run, knobs = poison.folder / "launched", ["checkpoints.every_steps=1", "health.on_bad_step=stop"]
+    job = launch(launcher, poison.recipe, run, knobs, restarts=2)
     code, said = job.wait(LIMIT_S), job.said()
-    held = code == EXIT_BAD_STEP and said.count("the loss is no number") == 1 and "is not started again" in said
+    ended, heard = (EXIT_BAD_STEP, 1) if launcher == "shipyard launch" else (1, 3)
+    held = code == ended and said.count("the loss is no number") == heard and said.count(" steps of ") == 1
+    held &= ("is not started again" in said) if ended == EXIT_BAD_STEP else said.count("is not computed again") == 2
+    before = newest(run)[0]
+    job = launch(launcher, poison.recipe, run, [*knobs[:1], "health.on_bad_step=skip"], restarts=2)
+    held &= job.wait(LIMIT_S) == 0 and before is not None and "resume: going on" in job.said()
+    held &= newest(run)[0] is not None and not (run / FILE).exists()
     shutil.rmtree(poison.folder)
+    option = "--restarts 2" if launcher == "shipyard launch" else "--max-restarts 2"
     promise = f"one sentence, the ranks' own exit code {EXIT_BAD_STEP}, not started again"
-    return Drill("a bad step under `shipyard launch --restarts 2`", 1, int(held), promise, f"exit code {code}")
+    if launcher == "torchrun":
+        promise = f"ranks started again end at once by exit code {EXIT_BAD_STEP} and the same sentence"
+    fault = f"a bad step under `{launcher} {option}`"
+    return Drill(fault, 1, int(held), f"{promise}; a new start with `skip` goes on", f"exit code {code}")

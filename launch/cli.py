@@ -16,7 +16,7 @@ import typer
 
 from .bench import Bench
 from .bench import bench as run_bench
-from .mistakes import extra_with, mistake, os_error, usage
+from .mistakes import line_of, mistake, usage
 
 app = typer.Typer(
     name="shipyard",
@@ -51,12 +51,23 @@ def train(
 
         preview(resolved, as_json)
         return
+    from ..training.ending import heed, leave
+    from ..training.exit_code import EXIT_MISTAKE
+
+    if ended := heed(Path(resolved.run_dir)):
+        code, said = ended
+        raise typer.Exit(mistake(f"{said} (this job ended so before, and is not computed again)", code))
     from ..training.pages import keep_pages
 
     keep_pages()
-    from ..training.loop import train as run
+    try:
+        from ..training.loop import train as run
 
-    run_dir = run(resolved)
+        run_dir = run(resolved)
+    except (ImportError, ValueError, OSError) as error:
+        if (line := line_of(error)) is not None:
+            leave(Path(resolved.run_dir), EXIT_MISTAKE, line)
+        raise
     if as_json and os.environ.get("RANK", "0") == "0":
         typer.echo(json.dumps({"run_dir": str(run_dir)}))
 
@@ -348,21 +359,11 @@ def run_command(arguments: Sequence[str]) -> int:
         return mistake(usage(error))
     except KeyboardInterrupt:
         return mistake("interrupted", 130)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").split(".")[0]
-        extra = extra_with(missing)
-        if extra is None:
+    except (ModuleNotFoundError, ValueError, OSError) as error:
+        line = line_of(error)
+        if line is None:
             raise
-        return mistake(f"{missing} is not installed; pip install 'shipyard-llm[{extra}]', then shipyard doctor")
-    except ValueError as error:
-        if type(error) is not ValueError and not isinstance(error, UnicodeError):
-            raise
-        return mistake(str(error))
-    except OSError as error:
-        message = os_error(error)
-        if message is None:
-            raise
-        return mistake(message)
+        return mistake(line)
     return code if isinstance(code, int) else 0
 
 

@@ -4,19 +4,20 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ..training.exit_code import EXIT_BAD_STEP, FOLDER, cause
+from ..training.ending import START
+from ..training.exit_code import EXIT_PREEMPTED, FINAL
 from ..training.recipe import load_recipe
 from .job import Job, job_name, local_script
 from .kubernetes import jobset_manifest, trainjob_manifest
+from .node import Relay
 from .ray_nodes import ray_script
 from .skypilot import skypilot_task
 from .slurm import slurm_script
@@ -147,43 +148,19 @@ def launch(job: Job, where: Where, out: Path | None = None) -> int:
 
 
 def _run_here(command: list[str], restarts: int) -> int:
-    """Run the job in the foreground, again after a crash; return its exit code, a rank's own where one said why it
-    ended. A bad step is a function of data and weights, so it ends the job. SIGTERM goes on to the ranks, which save:
-    143."""
-    received: list[int] = []
-    running: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, frame: Any) -> None:
-        if not received:  # a second one would make the launcher leave before its ranks have saved
-            for child in running:
-                child.terminate()
-        received.append(number)
-
-    before = signal.signal(signal.SIGTERM, pass_on)
-    code = 1
-    try:
+    """Run the job in the foreground, again after a crash; return its exit code. A bad step or a mistake ends it.
+    SIGTERM goes on to the ranks, which save: 143."""
+    code, environment = 1, {**os.environ, START: uuid.uuid4().hex}
+    with Relay() as relay:
         for attempt in range(restarts + 1):
-            with tempfile.TemporaryDirectory(prefix="shipyard-exit-") as told:
-                running[:] = [subprocess.Popen(command, env={**os.environ, FOLDER: told})]
-                code = _wait(running[0])
-                code = code and (cause(Path(told)) or code)
-            if code == 0 or received:
+            code = relay.run(command, environment)
+            if code == 0 or relay.received:
                 break
-            if code == EXIT_BAD_STEP:
+            if code in FINAL:
                 if restarts:
-                    print("local: a bad step comes out bad again, so the job is not started again", file=sys.stderr)
+                    what = f"exit code {code}: a bad step or a mistake comes out the same again"
+                    print(f"local: {what}, so the job is not started again", file=sys.stderr)
                 break
             if attempt < restarts:
                 print(f"local: attempt {attempt + 1} ended with exit code {code}; starting again", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 143 if received and code else code
-
-
-def _wait(child: subprocess.Popen[bytes]) -> int:
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:  # the terminal has sent it to the ranks too
-        child.wait()
-        raise
-    return code if code >= 0 else 128 - code  # as a shell counts those that a signal ended
+    return EXIT_PREEMPTED if relay.received and code not in (0, *FINAL) else code

@@ -67,9 +67,10 @@ def job_name(run_dir: str) -> str:
     return f"shipyard-{words}"[:40].rstrip("-")
 
 
-def accelerate(arguments: str) -> str:
+def accelerate(arguments: str, node: str = "") -> str:
     """The shell lines that become this node's launcher. They read PYTHON, NNODES, GPUS (ranks on a node), NODE_RANK,
-    MASTER_ADDR and MASTER_PORT. `arguments` is quoted already.
+    MASTER_ADDR and MASTER_PORT. `arguments`, and `node`, the options of what stands between it and its scheduler and
+    ends with the ranks' own code (node.py), are quoted already.
 
     The rendezvous is static: every node is told its rank and where node 0 is, so no host name is guessed. The launcher
     itself restarts nothing: of many nodes all must start again together, and a bad step not at all. Whoever started
@@ -77,7 +78,8 @@ def accelerate(arguments: str) -> str:
     """
     return f"""\
 config=$("$PYTHON" -c 'import shipyard; print(shipyard.__path__[0])')/launch/accelerate/nodes.yaml
-exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" \\
+exec "$PYTHON" -m shipyard.launch.node {node}\\
+    "$PYTHON" -m accelerate.commands.launch --config_file "$config" \\
     --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes "$((NNODES * GPUS))" \\
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \\
     --rdzv_conf timeout={JOIN_S} --max_restarts 0 \\

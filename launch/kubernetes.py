@@ -7,11 +7,15 @@ from typing import Any
 
 import yaml
 
+from ..training.ending import START
+from ..training.exit_code import FINAL
 from ..training.recipe import dump_recipe
 from .job import ENVIRONMENT, GRACE_S, Job, accelerate
 
 STORAGE = "/storage"
 RECIPE = "/etc/shipyard/recipe.yaml"
+SAME_START = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"}}
+"""JobSet labels its pods with it, those that it starts again too."""
 TRAINER = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
 """The label by which Kubeflow finds the job whose container the TrainJob's `trainer` fills in."""
 WHERE_KUBEFLOW = "NNODES=$PET_NNODES NODE_RANK=$PET_NODE_RANK MASTER_ADDR=$PET_MASTER_ADDR MASTER_PORT=$PET_MASTER_PORT"
@@ -71,7 +75,8 @@ def _header(job: Job, kind: str) -> str:
 # to go on after it has ended: kubectl delete -f, then apply.
 # terminationGracePeriodSeconds: an evicted pod gets SIGTERM, finishes its step and saves, within {GRACE_S} s.
 # failurePolicy: all pods start again together and go on from the newest save, at most {job.restarts} times after a
-#   crash, after an eviction or preemption (podFailurePolicy names it: DisruptionTarget) as often as it happens.
+#   crash, after an eviction or preemption (podFailurePolicy names it: DisruptionTarget) as often as it happens, and not
+#   at all after a bad step or a mistake (exit codes {_codes()}). onJobFailureMessagePatterns needs JobSet 0.10.
 # publishNotReadyAddresses: the pods find each other by name while they start.
 # /dev/shm: NCCL and data workers need more than the 64 MiB that containers get.
 # {STORAGE}: the volume claim {job.storage} (ReadWriteMany); the recipe's relative paths, run_dir too, are there.
@@ -84,10 +89,11 @@ def _job_spec(job: Job) -> dict[str, Any]:
         {"name": "recipe", "mountPath": RECIPE.rpartition("/")[0], "readOnly": True},
         {"name": "shm", "mountPath": "/dev/shm"},
     ]
+    env = [{"name": START, "valueFrom": SAME_START}]
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_S,
-        "containers": [{"name": "node", "image": job.image, "workingDir": STORAGE, "volumeMounts": mounts}],
+        "containers": [{"name": "node", "image": job.image, "workingDir": STORAGE, "env": env, "volumeMounts": mounts}],
         "volumes": [
             {"name": "storage", "persistentVolumeClaim": {"claimName": job.storage}},
             {"name": "recipe", "configMap": {"name": job.name}},
@@ -95,17 +101,24 @@ def _job_spec(job: Job) -> dict[str, Any]:
         ],
     }
     disrupted = {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
-    return {"backoffLimit": 0, "podFailurePolicy": {"rules": [disrupted]}, "template": {"spec": pod}}
+    codes = {"containerName": "node", "operator": "In", "values": sorted(FINAL)}
+    rules = [{"action": "FailJob", "onExitCodes": codes}, disrupted]
+    return {"backoffLimit": 0, "podFailurePolicy": {"rules": rules}, "template": {"spec": pod}}
 
 
 def _failure_policy(job: Job) -> dict[str, Any]:
-    """https://jobset.sigs.k8s.io/docs/tasks/failure_policy: the reason is what podFailurePolicy's FailJob gives."""
-    rule = {
-        "name": "preempted",
-        "action": "RestartJobSetAndIgnoreMaxRestarts",
-        "onJobFailureReasons": ["PodFailurePolicy"],
-    }
-    return {"maxRestarts": job.restarts, "rules": [rule]}
+    """https://jobset.sigs.k8s.io/docs/tasks/failure_policy: the reason is what podFailurePolicy's FailJob gives, by
+    either of its rules; the message tells which: "Container node for pod NAME failed with exit code 3 matching FailJob
+    rule at index 0"."""
+    reason = {"onJobFailureReasons": ["PodFailurePolicy"]}
+    pattern = f"failed with exit code ({'|'.join(map(str, sorted(FINAL)))}) matching"
+    final = {"name": "final", "action": "FailJobSet", **reason, "onJobFailureMessagePatterns": [pattern]}
+    preempted = {"name": "preempted", "action": "RestartJobSetAndIgnoreMaxRestarts", **reason}
+    return {"maxRestarts": job.restarts, "rules": [final, preempted]}
+
+
+def _codes() -> str:
+    return " and ".join(map(str, sorted(FINAL)))
 
 
 def _resources(job: Job) -> dict[str, Any]:

@@ -3,9 +3,14 @@
 import errno
 import os
 import sys
+import time
 
 import typer
 
+from ..training.exit_code import EXIT_MISTAKE
+
+SAYING_S = 10
+"""Longer than ranks of one machine differ in time, at most."""
 EXTRAS = {  # what brings a module that is missing
     "train": "torch transformers trl peft accelerate deepspeed bitsandbytes datasets safetensors gguf numpy",
     "serve": "fastapi uvicorn httpx openai",
@@ -33,6 +38,17 @@ def usage(error: typer.TyperException) -> str:
     return text if "help" in text else f"{text}; see shipyard --help"
 
 
+def line_of(error: Exception) -> str | None:
+    """What to tell the user in one line; None for what is no mistake of theirs."""
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").split(".")[0]
+        extra = extra_with(missing)
+        return extra and f"{missing} is not installed; pip install 'shipyard-llm[{extra}]', then shipyard doctor"
+    if isinstance(error, ValueError):
+        return str(error) if type(error) is ValueError or isinstance(error, UnicodeError) else None
+    return os_error(error) if isinstance(error, OSError) else None
+
+
 def os_error(error: OSError) -> str | None:
     """One line for what a user can mend, None for the rest."""
     name = error.filename or "a file"
@@ -47,9 +63,16 @@ def os_error(error: OSError) -> str | None:
     return None
 
 
-def mistake(message: str, code: int = 2) -> int:
-    """Print the line, on one rank of a machine only; return the exit code."""
-    if message and os.environ.get("LOCAL_RANK", "0") == "0":
+def mistake(message: str, code: int = EXIT_MISTAKE) -> int:
+    """Print the line, on one rank of a machine only; return the exit code.
+
+    A launcher ends all ranks when one has ended, so the others wait for the first to say it, and speak if it does not:
+    then it is theirs alone."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first and "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(SAYING_S)
+        first = True
+    if message and first:
         line = " ".join(message.split())
         sys.stderr.write(f"shipyard: error: {line}\n")
     return code

@@ -30,7 +30,8 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 cores=$(($(nproc) / GPUS))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))} PYTHONUNBUFFERED=1
 
-exec "$PYTHON" -m accelerate.commands.launch --config_file launch/accelerate/nodes.yaml \
+exec "$PYTHON" -m shipyard.launch.node \
+    "$PYTHON" -m accelerate.commands.launch --config_file launch/accelerate/nodes.yaml \
     --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes "$((NNODES * GPUS))" \
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
     --rdzv_conf timeout=1800 --max_restarts 0 \

@@ -10,8 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from typing import Any
 
+from ..training.ending import START
+from ..training.exit_code import EXIT_PREEMPTED, FINAL
 from .job import ENVIRONMENT, GRACE_S, Job, accelerate
 
 
@@ -62,7 +65,7 @@ class Node:
 
 def run_on_nodes(nodes: int, gpus: int, restarts: int, script: str) -> int:
     """Run the script on every node, again after a crash at most `restarts` times; return 0, the last exit code that was
-    not, or 143 after SIGTERM. Waits until the cluster has the nodes."""
+    not, or 143 after SIGTERM. A bad step or a mistake is final. Waits until the cluster has the nodes."""
     import ray  # pyright: ignore
     from ray.util.placement_group import placement_group, remove_placement_group  # pyright: ignore
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore
@@ -78,14 +81,14 @@ def run_on_nodes(nodes: int, gpus: int, restarts: int, script: str) -> int:
             actor.stop.remote()
 
     signal.signal(signal.SIGTERM, stop)
-    code = 1
+    code, start = 1, uuid.uuid4().hex
     for _ in range(restarts + 1):
         # All nodes or none, each bundle on a node of its own.
         group = placement_group([{unit: gpus}] * nodes, strategy="STRICT_SPREAD")
         ready = group.ready()
         while not ray.wait([ready], timeout=1)[0]:
             if stopped:
-                return 143
+                return EXIT_PREEMPTED
         share = {"num_gpus": gpus, "num_cpus": 0} if unit == "GPU" else {"num_cpus": gpus}
         actors[:] = [
             ray.remote(Node)
@@ -94,18 +97,19 @@ def run_on_nodes(nodes: int, gpus: int, restarts: int, script: str) -> int:
             for index in range(nodes)
         ]
         address, port = ray.get(actors[0].address.remote())
-        meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port), START: start}
         code = _wait(
             [actor.run.remote(script, meeting | {"NODE_RANK": str(rank)}) for rank, actor in enumerate(actors)], actors
         )
         remove_placement_group(group)
-        if code == 0 or stopped:
+        if code in (0, *FINAL) or stopped:
             break
-    return 143 if stopped and code else code
+    return EXIT_PREEMPTED if stopped and code not in (0, *FINAL) else code
 
 
 def _wait(runs: list[Any], actors: list[Any]) -> int:
-    """The exit code of all nodes: the first that is not 0 ends the others, a node that was lost counts as 1."""
+    """The exit code of all nodes: the first that is not 0 ends the others, a node that was lost counts as 1, and a node
+    that knows of a bad step or a mistake is believed."""
     import ray  # pyright: ignore
 
     code, waiting = 0, runs
@@ -120,6 +124,8 @@ def _wait(runs: list[Any], actors: list[Any]) -> int:
             code = ended
             for actor in actors:
                 actor.stop.remote()
+        elif ended in FINAL:
+            code = ended
     return code
 
 

@@ -2,7 +2,10 @@
 
 import shlex
 import textwrap
+from pathlib import Path
 
+from ..training.ending import FILE, START
+from ..training.exit_code import EXIT_PREEMPTED, FINAL
 from .job import ENVIRONMENT, GRACE_S, Job, accelerate
 
 
@@ -10,6 +13,7 @@ def slurm_script(job: Job) -> str:
     """A batch script for `sbatch` (https://slurm.schedmd.com/sbatch.html), whose nodes share this file system."""
     # Indented before the arguments are put in: they may hold line breaks, which must stay what they are.
     launch = textwrap.indent(accelerate("ARGUMENTS"), "    ").replace("ARGUMENTS", job.here())
+    ended = shlex.quote(str(Path(job.recipe.run_dir) / FILE))
     return f"""\
 #!/bin/bash
 #SBATCH --job-name={job.name}
@@ -28,6 +32,7 @@ def slurm_script(job: Job) -> str:
 set -uo pipefail
 cd {shlex.quote(str(job.folder))} || exit 2
 export PYTHON={shlex.quote(job.python)} NNODES=$SLURM_JOB_NUM_NODES GPUS={job.gpus}
+export {START}=slurm-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}} # once requeued, it is another start
 
 # shellcheck disable=SC2329 # srun starts it by its name
 ranks() {{ # on every node
@@ -48,6 +53,12 @@ stop() {{ # srun passes SIGTERM on to the launchers, and they to the ranks; a se
 }}
 trap stop TERM
 
+final() {{ # a bad step or a mistake, which come out the same again: srun says so, or the ranks have left word
+    local ended start
+    case $code in {" | ".join(map(str, sorted(FINAL)))}) return 0 ;; esac
+    [ -f {ended} ] && read -r ended start <{ended} && [ "$start" = "${START}" ] && code=$ended
+}}
+
 code=0
 for ((attempt = 0; attempt <= {job.restarts}; attempt++)); do
     # A port of this job and attempt: other jobs' differ, and the last attempt's may still be closing.
@@ -62,12 +73,16 @@ for ((attempt = 0; attempt <= {job.restarts}; attempt++)); do
         kill -0 "$step" 2>/dev/null || break
     done
     if [ "$code" = 0 ]; then exit 0; fi
+    if final; then
+        echo "exit code $code: a bad step or a mistake comes out the same again, so the job is not started again" >&2
+        exit "$code"
+    fi
     if [ -n "$stopped" ]; then break; fi
     echo "attempt $attempt ended with exit code $code" >&2
 done
 if [ -n "$stopped" ]; then
     scontrol requeue "$SLURM_JOB_ID"
-    exit 143
+    exit {EXIT_PREEMPTED}
 fi
 exit "$code"
 """

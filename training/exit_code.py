@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = "SHIPYARD_EXIT_CODES"
+EXIT_MISTAKE = 2
 EXIT_BAD_STEP = 3
 EXIT_SILENT = 4
-CAUSES = (EXIT_BAD_STEP, EXIT_SILENT, 2)
-"""A bad step, a silent neighbour, a mistake. What else ranks end with follows from these, or is the launcher's own."""
+EXIT_PREEMPTED = 143
+CAUSES = (EXIT_BAD_STEP, EXIT_SILENT, EXIT_MISTAKE)
+"""What else ranks end with follows from these, or is the launcher's own."""
+FINAL = (EXIT_BAD_STEP, EXIT_MISTAKE)
+"""What the same start would end with again: functions of data, weights and recipe."""
 
 
 def tell(code: object) -> None:

@@ -19,8 +19,9 @@ from . import checkpoint, experts, finish
 from .batches import steps_per_epoch
 from .dataset import Dataset, Pair, Sample, load_dataset
 from .dpo import PreferenceTuning
+from .ending import leave
 from .engine import Engine
-from .exit_code import EXIT_BAD_STEP
+from .exit_code import EXIT_BAD_STEP, EXIT_PREEMPTED
 from .grpo import GroupRelativeTuning
 from .health import BadStep, Norms
 from .heartbeat import watch
@@ -38,7 +39,6 @@ from .reference import Reference
 from .sft import SupervisedTuning
 from .step import run_step
 
-EXIT_PREEMPTED = 143
 CUT_KNOBS = ("run_dir", "resume", "parallel", "checkpoints", "health", "log")
 """Sections that say how and where a run is computed, not what: they may change between a run and its resumption."""
 
@@ -151,7 +151,9 @@ def _after_bad_step(
         if step:
             _save(saver, recipe, engine, method, step, norms)
             saver.finish()
-        log.say(f"{bad}; health.on_bad_step=skip or rewind goes on without it")
+        said = f"{bad}; health.on_bad_step=skip or rewind goes on without it"
+        log.say(said)
+        leave(saver.run_dir, EXIT_BAD_STEP, said)
         raise SystemExit(EXIT_BAD_STEP)
     # Not the newest one: a SIGTERM may have left that, and a run decides alike with and without.
     found = checkpoint.at_for_all(engine.ranks, saver.run_dir, step // every * every) if every else None

@@ -89,9 +89,14 @@ def test_a_spike_is_left_out_by_two_ranks(ground: Ground) -> None:
     assert drill.passed, drill
 
 
+def test_torchrun_starts_a_bad_step_again_and_it_ends_at_once(ground: Ground) -> None:
+    drill = not_started_again(ground, "torchrun")
+    assert drill.passed, drill
+
+
 @pytest.mark.slow
 def test_a_bad_step_is_not_started_again(ground: Ground) -> None:
-    drill = not_started_again(ground)
+    drill = not_started_again(ground, "shipyard launch")
     assert drill.passed, drill
 
 

@@ -113,6 +113,43 @@ def test_manifests_fit_their_schemas(where: str) -> None:
     assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
 
+FAILURES = [  # reason and message of a failed Job, as Kubernetes' job controller writes them
+    (
+        "PodFailurePolicy",
+        "Container node for pod a/b-0-3-x failed with exit code 3 matching FailJob rule at index 0",
+        3,
+    ),
+    (
+        "PodFailurePolicy",
+        "Container node for pod a/b-0-2-x failed with exit code 2 matching FailJob rule at index 0",
+        2,
+    ),
+    ("PodFailurePolicy", "Pod a/b-node-0-3-x has condition DisruptionTarget matching FailJob rule at index 1", 143),
+    ("BackoffLimitExceeded", "Job has reached the specified backoff limit", 1),
+    ("BackoffLimitExceeded", "Job has reached the specified backoff limit", 4),
+]
+
+
+@pytest.mark.parametrize(("reason", "message", "code"), FAILURES)
+@pytest.mark.parametrize("where", ["kubernetes", "jobset"])
+def test_a_jobset_starts_again_what_a_restart_can_mend(where: str, reason: str, message: str, code: int) -> None:
+    """The rules, applied as the controllers do: the first that matches counts, without one all pods start again."""
+    objects = list(yaml.safe_load_all(CLUSTERS[where].write(plain_job(where))))
+    spec = objects[-2 if where == "kubernetes" else -1]["spec"]
+    spec = spec.get("template", {"spec": spec})["spec"]
+    pods = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert pods[1]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert (code in pods[0]["onExitCodes"]["values"]) == (message.endswith("index 0"))
+    actions = [
+        rule["action"]
+        for rule in spec["failurePolicy"]["rules"]
+        if reason in rule["onJobFailureReasons"]
+        and any(re.search(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", [""]))
+    ]
+    expected = {2: "FailJobSet", 3: "FailJobSet", 143: "RestartJobSetAndIgnoreMaxRestarts"}.get(code, "RestartJobSet")
+    assert [*actions, "RestartJobSet"][0] == expected
+
+
 class Closed(BaseModel):
     """The part of SkyPilot's task schema that a job uses, after https://docs.skypilot.co/en/latest/reference/yaml-spec.html
     (SkyPilot 0.14, whose own schema has no name for unknown keys either)."""
@@ -122,6 +159,7 @@ class Closed(BaseModel):
 
 class Recovery(Closed):
     max_restarts_on_errors: Annotated[int, Field(ge=0)]
+    recover_on_exit_codes: list[Annotated[int, Field(ge=0, le=255)]]
 
 
 class Resources(Closed):

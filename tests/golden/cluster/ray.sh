@@ -28,7 +28,8 @@ cores=$(($(nproc) / GPUS))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))} PYTHONUNBUFFERED=1
 
 config=$("$PYTHON" -c 'import shipyard; print(shipyard.__path__[0])')/launch/accelerate/nodes.yaml
-exec "$PYTHON" -m accelerate.commands.launch --config_file "$config" \
+exec "$PYTHON" -m shipyard.launch.node \
+    "$PYTHON" -m accelerate.commands.launch --config_file "$config" \
     --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes "$((NNODES * GPUS))" \
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
     --rdzv_conf timeout=1800 --max_restarts 0 \
