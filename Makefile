@@ -28,7 +28,7 @@ test: env-dev
 test-kernels: env-dev
 	@[ -d .venv/triton-3.9.0/triton ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --target .venv/triton-3.9.0 triton==3.9.0
-	SHIPYARD_SECOND_TRITON=.venv/triton-3.9.0 .venv/bin/python -m pytest -m kernels_full tests/kernels
+	SHIPYARD_SECOND_TRITON=.venv/triton-3.9.0 .venv/bin/python -m pytest -n 2 -m kernels_full tests/kernels
 
 test-slow: env-dev
 	.venv/bin/python -m pytest -m slow

@@ -67,8 +67,8 @@ def _exact_tile(arch: str, part: str, wide: int) -> Tile:
         return Tile(16, 16, 4 if part == "keys" and amd else 8, 1)
     if part == "queries":
         return Tile(16, 16, 8, 1) if wide == 192 else Tile(16 if wide in (96, 128) else 32, 32, 8, 1)
-    if part == "keys" and arch in ("sm_90", "sm_120") and wide == 96:
-        return Tile(32 if arch == "sm_90" else 16, 32, 8, 2)
+    if part == "keys" and arch in ("sm_90", "sm_100", "sm_120") and wide == 96:
+        return Tile(16 if arch == "sm_120" else 32, 32, 8, 2)
     if part == "keys":
         return Tile(16, 16, 8, 1) if amd and wide == 192 else Tile(16 if amd or wide >= 128 else 32, 32, 8, 1)
     narrow = {96: ("sm_89", "sm_120"), 192: ("gfx942", "gfx950")}.get(wide, ())
