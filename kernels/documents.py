@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from .kept import join
+
 SHORTEST_BUCKET = 16
 
 
@@ -140,8 +142,8 @@ def sdpa_each(packing: Packing, q_BHTD, k_BGTD, v_BGTE, scale, dropout, window, 
         # split, not slices: the gradient of a slice is as large as the whole row, once for each document
         parts = zip(*(x[row : row + 1].split(lengths, 2) for x in (q_BHTD, k_BGTD, v_BGTE)), strict=True)
         pieces = [sdpa_document(q, k, v, scale, dropout, window, causal) for q, k, v in parts]
-        out_rows.append(torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1).contiguous())
-    return torch.cat(out_rows) if len(out_rows) > 1 else out_rows[0]
+        out_rows.append([piece.transpose(1, 2) for piece in pieces])
+    return join(out_rows)
 
 
 def sdpa_by_bucket(packing: Packing, q_BHTD, k_BGTD, v_BGTE, scale, dropout, window, causal: bool) -> torch.Tensor:

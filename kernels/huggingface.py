@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from . import kept
 from .attention import WIDTHS, flash_attention
 from .documents import packing_of, sdpa_by_bucket, sdpa_document, sdpa_each
 from .jit import HAS_TRITON, architecture, need_triton
@@ -93,7 +94,7 @@ def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "
     _plug_attention(base, plugged)
     if plugged.path == "triton":
         _plug_rope(base, plugged)
-        _plug_layers(base, plugged)
+    _plug_layers(base, plugged)
     _plug_loss(base, plugged)
     return plugged
 
@@ -129,12 +130,13 @@ def _plug_rope(base: PreTrainedModel, plugged: Plug) -> None:
 
 
 def _plug_layers(base: PreTrainedModel, plugged: Plug) -> None:
+    normed, gated = (rms_norm, swiglu) if plugged.path == "triton" else (kept.norm, kept.swiglu)
     for module in base.modules():
         name = type(module).__name__
         if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            _replace_forward(plugged, "rms_norm", module, partial(norm_forward, module))
+            _replace_forward(plugged, "rms_norm", module, partial(norm_forward, module, normed))
         if name.endswith("MLP") and isinstance(getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation)):
-            _replace_forward(plugged, "swiglu", module, partial(mlp_forward, module))
+            _replace_forward(plugged, "swiglu", module, partial(mlp_forward, module, gated))
 
 
 def _plug_loss(base: Any, plugged: Plug) -> None:
@@ -151,17 +153,24 @@ def rotary(interleaved: bool, q: torch.Tensor, k: torch.Tensor, cos: torch.Tenso
     return out[0].transpose(1, 2), out[1].transpose(1, 2)
 
 
-def norm_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """transformers' RMSNorm.forward; mixed dtypes keep the stock code, whose result is the wider one."""
-    if module.weight.dtype != hidden_states.dtype:
+def norm_forward(module: Any, norm: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
+    """transformers' RMSNorm.forward, by a kernel or by `kept`.
+
+    Mixed dtypes keep the stock code, whose result is the wider one, and so does PyTorch's path where a compiler writes
+    the gradient, or in fp64, which transformers norms in fp32.
+    """
+    stock = norm is kept.norm and (torch.compiler.is_compiling() or hidden_states.dtype == torch.float64)
+    if stock or module.weight.dtype != hidden_states.dtype or isinstance(module.weight, DTensor):
         return type(module).forward(module, hidden_states)
-    y: Any = rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    y: Any = norm(hidden_states, module.weight, module.variance_epsilon)
     return y
 
 
-def mlp_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """transformers' gated MLP."""
-    return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+def mlp_forward(module: Any, gated: Callable, x: torch.Tensor) -> torch.Tensor:
+    """transformers' gated MLP, by a kernel or by `kept`; a compiler writes PyTorch's gradient itself."""
+    if gated is kept.swiglu and torch.compiler.is_compiling():
+        return type(module).forward(module, x)
+    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
 
 
 @dataclass
@@ -181,11 +190,12 @@ class Targets:
 
 
 def spares_logits(model: torch.nn.Module) -> bool:
-    """Whether a call may name `targets`: the head's kernel is plugged in, and its weight is whole and here."""
+    """Whether a call may name `targets`: the head's weight is whole and here, and its kernel is plugged in, or on
+    PyTorch's path it is frozen."""
     for base in model.modules():
         if isinstance(base, PreTrainedModel) and hasattr(base, "lm_head"):
-            plugged = base.config._attn_implementation == TRITON_ATTENTION and "forward" in vars(base)
-            return plugged and _head_is_here(base)
+            path = base.config._attn_implementation if "forward" in vars(base) and _head_is_here(base) else None
+            return path == TRITON_ATTENTION or (path == TORCH_ATTENTION and not base.lm_head.weight.requires_grad)
     return False
 
 
@@ -202,7 +212,8 @@ def _terms(base: Any, targets: Targets, *args, logits_to_keep: torch.Tensor, **k
     kind, weight_VD = hidden_BKD.device.type, base.lm_head.weight
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
     hidden_ND = hidden_BKD.reshape(-1, hidden_BKD.shape[-1])[targets.rows_N]
-    return TokenTerms(*token_log_probs(hidden_ND.to(dtype), weight_VD.to(dtype), targets.ids_N))
+    terms = token_log_probs if base.config._attn_implementation == TRITON_ATTENTION else kept.head_terms
+    return TokenTerms(*terms(hidden_ND.to(dtype), weight_VD.to(dtype), targets.ids_N))
 
 
 def causal_lm_forward(base: Any, *args, labels: torch.Tensor | None = None, targets: Targets | None = None, **kwargs):

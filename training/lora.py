@@ -7,6 +7,7 @@ Shape legend: T tokens, I inputs, O outputs, R rank.
 """
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..kernels.kept import Again
 from . import recipe as recipes
 from .experts import BIAS, keep_wide, routers
 
@@ -61,33 +63,45 @@ def one_pass(layer: Linear, x: Tensor, *args, **named) -> Tensor:
     one_dtype = x.dtype == weight.dtype == down.dtype and not torch.is_autocast_enabled(x.device.type)
     if not whole or not one_dtype:
         return Linear.forward(layer, x)
-    y: Any = _LowRank.apply(x, weight, down, up, layer.scaling[name])
+    again = Again.found(x)
+    outer, kept = (again.outer, again.of) if again else (None, ())
+    y: Any = _LowRank.apply(x, weight, down, up, layer.scaling[name], outer, *kept)
     return y
 
 
 class _LowRank(torch.autograd.Function):
-    """y = x W^T + s x A^T B^T with W frozen (Hu et al. 2021, equation 3): x (..., I), W (O, I), A (R, I), B (O, R)."""
+    """y = x W^T + s x A^T B^T with W frozen (Hu et al. 2021, equation 3): x (..., I), W (O, I), A (R, I), B (O, R).
+
+    Keeps x, or where `outer` is given the tensors from which that has A's gradient (`kernels.kept.Again`).
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight_OI: Tensor, down_RI: Tensor, up_OR: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight_OI: Tensor, down_RI: Tensor, up_OR: Tensor, scaling: float,
+        outer: Callable[..., Tensor] | None, *kept: Tensor,
+    ) -> Tensor:  # fmt: skip
         x_TI = x.reshape(-1, x.shape[-1])
         low_TR = x_TI @ down_RI.T
         y_TO = (x_TI @ weight_OI.T).addmm_(low_TR, up_OR.T, alpha=scaling)
-        ctx.save_for_backward(x_TI, low_TR, weight_OI, down_RI, up_OR)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(low_TR, weight_OI, down_RI, up_OR, *(kept if outer else (x_TI,)))
+        ctx.scaling, ctx.shape, ctx.outer = scaling, x.shape, outer or _outer
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor):
-        x_TI, low_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
+        low_TR, weight_OI, down_RI, up_OR, *kept = ctx.saved_tensors
         dy_TO = dy.reshape(-1, dy.shape[-1])
         dlow_TR = (dy_TO @ up_OR).mul_(ctx.scaling)
         dup_OR = (dy_TO.T @ low_TR).mul_(ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy_TO @ weight_OI).addmm_(dlow_TR, down_RI).view(ctx.shape)
-        return dx, None, dlow_TR.T @ x_TI, dup_OR, None
+        return dx, None, ctx.outer(dlow_TR, *kept), dup_OR, None, None, *(None for _ in kept)
+
+
+def _outer(left_TR: Tensor, x_TI: Tensor) -> Tensor:
+    return left_TR.T @ x_TI
 
 
 def base_weight(layer: nn.Module) -> Tensor:
