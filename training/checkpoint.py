@@ -65,7 +65,7 @@ class Saver:
         self.took_s = 0.0
         self._thread: threading.Thread | None = None
         self._copied: futures.Future[dict[str, Tensor]] | None = None
-        self._failure = ""
+        self._failure, self._passes = "", False
         self._copies: dict[str, Tensor] = {}
         # One name for all ranks that no earlier process used: leftovers of a killed save are not taken for this one's.
         self._attempt = int(ranks.sum({"attempt": float(time.time_ns() >> 10) if ranks.first else 0.0})["attempt"])
@@ -83,8 +83,8 @@ class Saver:
         """Begin to write `run_dir/step-NNNNNN` after `step` finished steps. Collective.
 
         `extra` is the method's own state. In the background it returns at once: call `settle` before anything writes
-        weights or moments; `finish` says how it went. Raises ValueError on every rank if this save or the one before
-        failed; earlier checkpoints stay.
+        weights or moments; `finish` says how it went. Raises what that does on every rank if this save or the one
+        before failed; earlier checkpoints stay.
         """
         called = time.perf_counter()
         self.finish()
@@ -126,14 +126,20 @@ class Saver:
             self.held_s += time.perf_counter() - began
 
     def finish(self) -> None:
-        """Return when the save that is on its way, if any, is committed. Collective; raises ValueError if it failed."""
+        """Return when the save that is on its way, if any, is committed. Collective.
+
+        Raises ValueError if it failed, and OSError where a disk or the way to it failed a rank, which may pass: a job
+        that ends so is started again, and goes on from the save before."""
         if self._thread is None:
             return
         self._thread.join()
         self._thread = self._copied = None
         failure, self._failure = self._failure, ""
-        if self.ranks.sum({"failed": float(bool(failure))})["failed"]:
-            raise ValueError(failure or "checkpoints: another rank could not write its part; see its message")
+        all_ranks = self.ranks.sum({"failed": float(bool(failure)), "passes": float(self._passes)})
+        self._passes = False
+        if all_ranks["failed"]:
+            kind = OSError if all_ranks["passes"] else ValueError
+            raise kind(failure or "checkpoints: another rank could not write its part; see its message")
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         """A copy on the host, in memory that the next save will use again. A GPU's has been begun only."""
@@ -179,6 +185,8 @@ class Saver:
         except Exception as error:
             full = f"disk: no space left while writing {path}; free some, or set another run_dir"
             self._failure = full if disk_is_full(error) else str(error) or type(error).__name__
+            broken = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            self._passes = (broken or "(os error " in str(error)) and not disk_is_full(error)
             with contextlib.suppress(OSError):  # the first rank took the directory away: it failed, too
                 _leave(scratch, self.ranks.rank, {"failure": self._failure})
             if self.ranks.first:

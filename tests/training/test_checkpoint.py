@@ -1,7 +1,9 @@
 """Checkpoints pass between engines and numbers of ranks, and a damaged one is named."""
 
+import errno
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import torch
 import yaml
 from reshard_on_ranks import LateSaver
 from runs_for_tests import forget_after
+from shipyard.launch.mistakes import line_of
 from shipyard.training import checkpoint
 from shipyard.training.checkpoint import Saver, committed
 from shipyard.training.engine import Fragment
@@ -183,6 +186,27 @@ def test_a_copy_that_fails_is_a_save_that_failed(straight, tmp_path: Path, monke
         train(load_recipe(straight[0], [f"run_dir={tmp_path}"]))
     assert sorted(committed(tmp_path)) == [1, 2]
     assert not list(tmp_path.glob(".step-*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, OSError), (errno.ESTALE, OSError), (errno.ENOSPC, ValueError)]
+)
+def test_a_storage_that_fails_for_a_moment_is_no_mistake(number: int, kind: type, tmp_path: Path, monkeypatch) -> None:
+    """A mistake is final; a job whose file system was away for a moment has to be started again."""
+
+    def fails(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "write_shard", fails)
+    engine: Any = SimpleNamespace(updates=1, fragments=lambda: [Fragment("w", (3,), 0, {"value": torch.ones(3)})])
+    saver = Saver(Ranks(0, 1, torch.device("cpu")), tmp_path, Checkpoints(), 10.0)
+    saver.save(engine, 1, {}, {})
+    with pytest.raises((OSError, ValueError)) as raised:
+        saver.finish()
+    assert type(raised.value) is kind
+    assert (line_of(raised.value) is None) == (kind is OSError)
+    saver.finish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_save_that_fails_leaves_what_had_its_name(straight, tmp_path: Path) -> None:
