@@ -14,19 +14,6 @@ from torch.utils.data import DataLoader
 from .meter import Meter, leave
 
 
-def checkpoint(model: Path, out: Path, name: str) -> Path:
-    """LitGPT's checkpoint of a transformers directory, by its own converter."""
-    from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
-
-    if not (out / "lit_model.pth").is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        for file in model.iterdir():
-            if not (out / file.name).exists():
-                (out / file.name).symlink_to(file.absolute())
-        convert_hf_checkpoint(out, model_name=name)
-    return out
-
-
 def tokenized_rows(work: dict[str, Any]) -> Any:
     """A LitGPT data module whose rows are tokenized already; its collator pads to the longest of a micro-batch."""
     from litgpt.data import DataModule
@@ -65,7 +52,6 @@ def main() -> None:
 
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
-    folder = checkpoint(Path(work["model"]), Path(work["folder"]) / "litgpt-checkpoint", work["litgpt_name"])
     Meter(Path(sys.argv[2]), work["padding_id"], lambda tokens: sum(tokens) >= work["tokens"], leave)
     precision = {"float32": "32-true", "bfloat16": "bf16-true"}[work["dtype"]]
     train = TrainArgs(
@@ -74,7 +60,7 @@ def main() -> None:
     )  # fmt: skip
     rank, every = work["lora_rank"], True
     setup(
-        folder, out_dir=Path(work["folder"]) / "litgpt-out", precision=precision, devices=1, lora_r=rank,
+        Path(work["litgpt"]), out_dir=Path(work["folder"]) / "litgpt-out", precision=precision, devices=1, lora_r=rank,
         lora_alpha=work["lora_alpha"], lora_dropout=0.0, lora_query=every, lora_key=every, lora_value=every,
         lora_projection=every, lora_mlp=every, data=tokenized_rows(work), train=train,
         eval=EvalArgs(interval=10**6, max_new_tokens=1, max_iters=1, final_validation=False),
