@@ -33,6 +33,8 @@ class Row:
     workload: Workload
     tokens_per_s: float
     memory_gib: float | None
+    allocated: bool
+    """Memory is what tensors take, not what the allocator reserves."""
     calibrates: bool
     note: str
 
@@ -44,11 +46,12 @@ def read_rows() -> list[Row]:
     for entry in tree["rows"]:
         cluster = parse_cluster(entry["gpus"])
         fields: dict[str, Any] = dict(entry["workload"])
-        config = json.dumps(read_shape(fields.pop("config")))
-        work = Workload(config=config, ranks=cluster.gpus, **fields)
+        config = fields.pop("config")
+        config = read_shape(config) if isinstance(config, str) else config
+        work = Workload(config=json.dumps(config), ranks=cluster.gpus, **fields)
         rows.append(
             Row(entry["name"], entry["source"], cluster, work, entry["tokens_per_s"], entry.get("memory_gib"),
-                entry.get("calibrates", False), entry.get("note", ""))
+                entry.get("counts") == "allocated", entry.get("calibrates", False), entry.get("note", ""))
         )  # fmt: skip
     return rows
 
@@ -60,8 +63,9 @@ def predicted_speed(row: Row, matmul: float = CONSTANTS.matmul) -> float:
 
 
 def predicted_memory_gib(row: Row) -> float:
-    """GiB on the fullest rank."""
-    return memory_of(row.workload).total / GIB
+    """GiB on the fullest rank, counted as the row's source counts them."""
+    memory = memory_of(row.workload)
+    return (memory.total - memory.margin * row.allocated) / GIB
 
 
 def fit(rows: Sequence[Row]) -> float:
@@ -79,9 +83,10 @@ def write_page(out: Path) -> Path:
     rows = read_rows()
     calibrating = [row for row in rows if row.calibrates]
     sources = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))["sources"]
-    lines = [*INTRODUCTION, HEADER, "|---|---|---|---|---|---|---|---|"]
-    lines += [_line(row) for row in rows]
-    lines += ["", *_summary(rows), "", "## Calibration", "", *_calibration(calibrating)]
+    published, ours = ([row for row in rows if (row.source == "ours") == mine] for mine in (False, True))
+    lines = [*INTRODUCTION, HEADER, RULE, *map(_line, published)]
+    lines += ["", *_summary(published), "", "## Calibration", "", *_calibration(calibrating)]
+    lines += ["", "## Our own runs", "", HEADER.replace("published", "measured"), RULE, *map(_line, ours)]
     lines += ["", "## Sources and notes", ""]
     lines += [f"- {name}: {' '.join(text.split())}." for name, text in sources.items()]
     lines += [f"- {row.name} ({row.cluster}): {' '.join(row.note.split())}." for row in rows if row.note]
@@ -90,6 +95,7 @@ def write_page(out: Path) -> Path:
     return out
 
 
+RULE = "|---|---|---|---|---|---|---|---|"
 HEADER = "| run | GPUs | tokens/s/GPU published | predicted | off | GiB published | predicted | off |"
 INTRODUCTION = [
     "# The planner beside what others measured",

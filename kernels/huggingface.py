@@ -33,7 +33,7 @@ from .swiglu import swiglu
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "gpt2")
 TORCH_ATTENTION, TRITON_ATTENTION = "shipyard_torch", "shipyard_triton"
-
+Path = Literal["torch", "triton"]
 
 PROVEN_CARDS = ("sm_90",)
 """Architectures on which `shipyard verify kernels` ran on a real card (docs/kernels.md says which), and a model learned
@@ -58,7 +58,7 @@ class SharedRows(Protocol):
 class Plug:
     """What `plug` changed. `path` is the code that runs now, `parts` what it replaced, `remove()` undoes all of it."""
 
-    path: Literal["torch", "triton"]
+    path: Path
     parts: tuple[str, ...]
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -66,6 +66,14 @@ class Plug:
         """Puts the model's own code back, last change first. A second call does nothing."""
         while self.undo:
             self.undo.pop()()
+
+
+def path_of(kernels: str, model_type: str, proven: bool, whole: bool) -> Path | None:
+    """The rule of `kernels:`, for `plug` and for those who ask beforehand: the code that computes a model's layers on a
+    card that is `proven`, where ranks hold them `whole`. None leaves the model's own."""
+    if model_type not in MODEL_TYPES:
+        return None
+    return "triton" if kernels == "triton" or (kernels == "auto" and proven and whole) else "torch"
 
 
 def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto", whole: bool = True) -> Plug:
@@ -80,17 +88,20 @@ def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "
     if kernels not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels: {kernels!r}, must be auto, torch or triton")
     bases = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if not bases or bases[0].config.model_type not in MODEL_TYPES:
+    kind = bases[0].config.model_type if bases else type(model).__name__
+    if kind not in MODEL_TYPES:
         if kernels == "auto":
             return Plug("torch", ())
-        kind = bases[0].config.model_type if bases else type(model).__name__
         raise ValueError(f"kernels: {kernels!r}, but model type {kind!r} is not in {MODEL_TYPES}; use kernels: auto")
-    base = bases[0]
-    weight = next(base.parameters())
+    weight = next(bases[0].parameters())
     if kernels == "triton":
         need_triton(weight)
-    proven = whole and is_proven(weight.device)
-    plugged = Plug("triton" if kernels == "triton" or (kernels == "auto" and proven) else "torch", ())
+    return plug_path(bases[0], path_of(kernels, kind, is_proven(weight.device), whole) or "torch")
+
+
+def plug_path(base: PreTrainedModel, path: Path) -> Plug:
+    """Puts one path into a model, wherever its weights are and whether that path can run there or not."""
+    plugged = Plug(path, ())
     _plug_attention(base, plugged)
     if plugged.path == "triton":
         _plug_rope(base, plugged)

@@ -34,7 +34,7 @@ elif HAS_TRITON:
 
         install()
 else:
-    tl = SimpleNamespace(constexpr=object)
+    tl = SimpleNamespace(constexpr=object, float32=None, float64=None)
     jit = lambda fn: fn
 
 

@@ -15,6 +15,7 @@ class Card:
     """What one card can do, as published; rates in units of 10^9 bytes and 10^12 operations a second."""
 
     name: str
+    arch: str
     memory_gib: float
     bf16_tflops: float
     float8_tflops: float
@@ -26,6 +27,7 @@ class Card:
     reachable: float
     flash2: float
     flash3: float
+    triton: float
 
 
 @dataclass(frozen=True)

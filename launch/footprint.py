@@ -23,6 +23,7 @@ from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..training.activations import KEPT, recompute
+from .kernel_costs import plugged
 from .op_costs import Op, OpCosts
 
 Checkpointing = Literal["none", "selective", "alternate", "full"]
@@ -30,6 +31,8 @@ Checkpointing = Literal["none", "selective", "alternate", "full"]
 Loss = Literal["ours", "whole", "compiled", "fused"]
 """`ours` recomputes fp32 logits by chunks; `whole` turns all of them to fp32, as a plain cross-entropy does; `compiled`
 is that one through a compiler, which never writes fp32 logits; `fused` the same over eight pieces of the sequence."""
+Path = Literal["stock", "torch", "triton"]
+"""The layers' code: transformers' own, with a mask over all pairs of tokens of packed rows, or kernels.huggingface."""
 SIZES = ("flops", "eager_bytes", "fused_bytes", "operands")
 
 
@@ -50,7 +53,10 @@ class Pass:
     adapter_dtype: str = "float32"
     loss: Loss = "ours"
     packed: bool = False
-    """Samples are documents in one long row, kept apart by an explicit mask over all pairs of tokens."""
+    """Samples are documents in one long row."""
+    path: Path = "stock"
+    head_elsewhere: bool = False
+    """Ranks share the head's weight, and the loss is made from logits."""
     tensor: int = 1
     """Heads and inner widths are cut by so much; the residual stream stays whole."""
 
@@ -141,7 +147,9 @@ def _measure_layers(what: Pass, layers: int) -> _Measured:
         last_block(model).register_forward_hook(
             lambda *call: _first(call[2]).register_hook(tracker.leave_head) and None
         )
-        with _two_chunks(costs), tracker, costs, _autocast(what), _whole_rows(what):  # whose import is not measured
+        ends = [what.tokens * (number + 1) for number in range(what.samples if what.packed else 1)]
+        path = plugged(model, what.path, ends, what.head_elsewhere, costs)
+        with _two_chunks(costs), path, tracker, costs, _autocast(what), _whole_rows(what):  # imports are not measured
             loss = loss_of(model, what)
             retained = tracker.held()
             loss.backward()
@@ -241,7 +249,7 @@ def loss_of(model: nn.Module, what: Pass) -> Tensor:
     count = what.samples * what.tokens
     rows, columns = (1, count) if what.packed else (what.samples, what.tokens)
     ids_BT = torch.zeros(rows, columns, dtype=torch.long)
-    positions_BT = torch.arange(columns).expand(rows, -1)
+    positions_BT = torch.arange(what.tokens).repeat(rows, columns // what.tokens)
     targets_N = torch.zeros(count, dtype=torch.long)
     if what.loss == "fused":
         return _fused_loss(model, ids_BT, positions_BT, targets_N)
@@ -315,7 +323,7 @@ def _whole_rows(what: Pass) -> Iterator[None]:
     from transformers import masking_utils
 
     original = masking_utils.find_packed_sequence_indices
-    if not what.packed:
+    if not what.packed or what.path != "stock":
         masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
@@ -364,9 +372,10 @@ def _cut(tree: Mapping[str, Any], ranks: int) -> dict[str, Any]:
 
 def extrapolate(what: Pass, samples: int) -> Footprint:
     """The footprint over any number of samples from those over one and two: all of it is a constant and a multiple,
-    unless rows are packed, whose attention grows with the square and is measured."""
-    if what.packed:
-        return measure(replace(what, samples=samples, packed=samples > 1))
+    unless rows are packed, whose attention may grow with the square, or the head works on pieces of a size: both are
+    measured."""
+    if what.packed or what.path == "triton":
+        return measure(replace(what, samples=samples, packed=what.packed and samples > 1))
     one, two = measure(replace(what, samples=1)), measure(replace(what, samples=2))
     if samples <= 2:
         return (one, two)[samples - 1]

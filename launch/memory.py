@@ -69,8 +69,9 @@ def activations_of(work: Any, footprint: Any) -> int:
     """Bytes of activations at the worst moment of the fullest rank.
 
     A pipeline's first stage holds those of as many micro-batches as there are stages after it, with interleaved pieces
-    some more (Narayanan et al. 2021, section 2.2). Ranks that share the residual stream gather it for two products at a
-    time, and DTensor's loss over a cut vocabulary makes one fp32 copy of the logits more than the fused one.
+    some more (Narayanan et al. 2021, section 2.2), but of no more than a step has. Ranks that share the residual stream
+    gather it for two products at a time, and DTensor's loss over a cut vocabulary makes one fp32 copy of the logits
+    more than the fused one.
     """
     if not work.sequence_parallel:
         return round(_held(work, footprint))
@@ -83,12 +84,46 @@ def activations_of(work: Any, footprint: Any) -> int:
 
 def _held(work: Any, footprint: Any) -> float:
     if work.pipeline == 1:
-        return footprint.peak_with(footprint.layers)
+        return max(footprint.peak_with(footprint.layers), footprint.block_peak_with(footprint.layers) + _unpacked(work))
     stage = footprint.layers / work.pipeline
-    in_flight = min(work.rounds, work.pipeline)
+    first = footprint.block_peak_with(stage * in_flight(work)) + kept_edges(work) * _edge(work)
+    return max(first, footprint.peak_with(stage) + (work.rounds - 1) * _logits(work))
+
+
+def in_flight(work: Any) -> float:
+    """Micro-batches whose activations a pipeline's first rank holds at once."""
+    warm = work.pipeline
     if work.chunks > 1:
-        in_flight *= 1 + (work.pipeline - 1) / (work.pipeline * work.chunks)
-    return max(footprint.block_peak_with(stage * in_flight), footprint.peak_with(stage))
+        warm *= 1 + (work.pipeline - 1) / (work.pipeline * work.chunks)
+    return min(work.rounds, warm)
+
+
+def kept_edges(work: Any) -> float:
+    """Tensors between stages that torch.distributed.pipelining (stage.py) keeps on a pipeline's first rank beside what
+    autograd saves: each piece's outputs until their backward pass, and what gradients and inputs are received into, a
+    buffer for every micro-batch of a step. Inputs in flight are the first block's, and counted there."""
+    outputs = work.chunks * in_flight(work)
+    inputs = (work.chunks - 1) * (work.rounds - in_flight(work))
+    return outputs + work.chunks * work.rounds + inputs
+
+
+def _edge(work: Any) -> int:
+    """Bytes of the residual stream of one micro-batch."""
+    return 2 * work.micro * work.tokens // work.context * json.loads(work.config)["hidden_size"]
+
+
+def _logits(work: Any) -> int:
+    """Bytes of one micro-batch's logits, which the last stage keeps until the step ends, to return them."""
+    return 2 * work.micro * work.tokens // work.context * json.loads(work.config)["vocab_size"]
+
+
+def _unpacked(work: Any) -> int:
+    """Bytes of the largest 4-bit weight while a product reads it in full."""
+    from .state import parameters
+
+    if work.quantize != "nf4":
+        return 0
+    return 2 * max(p.numbers for p in parameters(work.config, work.lora_rank, work.lora_targets) if p.linear)
 
 
 def rollout_cache(recipe: Any, config: Mapping[str, Any], ranks: int) -> int:

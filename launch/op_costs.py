@@ -32,6 +32,8 @@ class Op:
     launches: int
     operands: int = 0
     """Numbers in a matrix product's two inputs: what float8 has to scale and round."""
+    kernel: bool = False
+    """One of ours (kernels/), launched by itself."""
 
 
 @dataclass
@@ -70,6 +72,10 @@ class OpCosts(TorchDispatchMode):
         elif not name.startswith(FREE) and not _is_view(func, inputs, outputs):
             self._add(name, inputs, outputs)
         return out
+
+    def launched(self, kind: Kind, flops: int, moved_bytes: int) -> None:
+        """Add one launch of a kernel of our own, which no dispatcher sees."""
+        self._anchor(Op(kind, flops, moved_bytes, moved_bytes, 1, kernel=True))
 
     def finish(self) -> list[Op]:
         """Close the last run and return every operation."""

@@ -82,6 +82,7 @@ class Plan:
         return {
             "gpus": str(self.cluster),
             "workload": work,
+            "path": self.workload.path,
             "memory_bytes": dict(self.memory.rows()) | {"total": self.memory.total, "limit": self.limit_bytes},
             "step_s": {**asdict(self.step), "total_s": self.step.total_s},
             "step_tokens": self.workload.step_tokens,
@@ -136,7 +137,7 @@ def measured(work: Workload) -> Footprint:
 def model_flops(work: Workload) -> float:
     """FLOPs that the model needs for one step, on all cards: forward, and twice that backward (less where weights are
     frozen), whatever is recomputed."""
-    one = measured(replace(work, micro=1, checkpointing="none", tensor=1, context=1))
+    one = measured(replace(work, micro=1, checkpointing="none", tensor=1, context=1, kernels="stock"))
     total = 0.0
     for ops, times in ((one.block_ops, one.layers), (one.rest_ops, 1)):
         products = sum(op.flops for op in ops if op.kind == "matmul")
@@ -161,9 +162,14 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def dry_memory(recipe: Recipe, ranks: int) -> list[tuple[str, int]]:
-    """The memory table of `--dry-run`: one rank of `ranks`, on no card in particular."""
+    """The memory table of `--dry-run`: one rank of `ranks`, with the path of this machine's GPU."""
+    import torch
+
+    from ..kernels.jit import architecture
+
     config = config_of(recipe)
-    work = from_recipe(recipe, config, ranks, ragged=True)
+    arch = architecture(torch.device("cuda")) if torch.cuda.is_available() else ""
+    work = from_recipe(recipe, config, ranks, arch, ragged=True)
     return memory_of(work, measured(work), rollout_cache(recipe, config, ranks)).rows()
 
 
@@ -178,7 +184,7 @@ def plan_recipe(
     if price is not None and price < 0:
         raise ValueError(f"--price: {price} is below zero; give the price of one GPU for an hour")
     config = config_of(recipe)
-    work = from_recipe(recipe, config, cluster.gpus)
+    work = from_recipe(recipe, config, cluster.gpus, cluster.card.arch)
     rollouts = rollout_cache(recipe, config, cluster.gpus)
     plan = make_plan(work, cluster, rollout_bytes=rollouts, steps=recipe.steps, price=price)
     return plan, alternatives(recipe, plan, rollouts) if search else None

@@ -102,15 +102,18 @@ def step_time(
 def ops_time(ops: Iterable[Op], work: Workload, card: Card, constants: Constants, in_block: bool) -> float:
     """Seconds of a list of operations, one after the other, each bound by arithmetic or by memory."""
     bandwidth = card.memory_gb_per_s * 1e9 * constants.memory
-    pairs = 1.0 if work.packed and work.micro > 1 else 0.5  # a causal kernel skips half of them, a masked one none
+    masked = work.packed and work.micro > 1 and work.path == "stock"
+    pairs = 1.0 if masked else 0.5  # a causal kernel skips half of them, a masked one none
     half = 0.5 if work.dtype == "float32" else 1.0  # TF32 has half of bf16's rate
     bf16 = card.bf16_tflops * 1e12 * card.reachable * constants.matmul * half
     float8 = card.float8_tflops * 1e12 * card.reachable * constants.matmul
-    attention = card.bf16_tflops * 1e12 * (card.flash3 if work.flash3 else card.flash2) * half
+    flash = card.flash3 if work.flash3 else card.flash2
+    attention = card.bf16_tflops * 1e12 * half
     total = 0.0
     for op in ops:
         if op.kind == "attention":
-            total += op.flops * pairs / attention
+            seconds = op.flops * pairs / (attention * (card.triton if op.kernel else flash))
+            total += max(seconds, op.eager_bytes / bandwidth)
         elif op.kind == "pointwise":
             total += (op.fused_bytes if work.compile and in_block else op.eager_bytes) / bandwidth
         elif work.float8 and in_block:

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..kernels.huggingface import PROVEN_CARDS, path_of
+from ..training.parallel import computes_whole
 from ..training.recipe import Recipe
-from .footprint import Checkpointing, Loss, Pass
+from .footprint import Checkpointing, Loss, Pass, Path
 
 EngineName = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
@@ -47,8 +49,11 @@ class Workload:
     """Tensor-parallel collectives are cut up and overlapped with the products they feed."""
     loss: Loss = "ours"
     packed: bool = False
-    """The samples of a micro-batch lie in one row, and attention masks every pair of tokens (torch's, not our
-    kernels)."""
+    """The samples of a micro-batch lie in one row."""
+    kernels: Literal["stock", "auto", "torch", "triton"] = "stock"
+    """As a recipe asks for them; `stock` is other software, and no path of ours."""
+    proven: bool = False
+    """The cards are among those whose `auto` takes the Triton kernels."""
     flash3: bool = False
     """Attention by a Hopper kernel (FlashAttention-3, cuDNN) in place of FlashAttention-2."""
     reference: bool = False
@@ -74,6 +79,13 @@ class Workload:
         """DDP keeps fp32 weights and casts them where they are used; the others compute in the dtype held."""
         return self.engine == "ddp" and self.dtype == "bfloat16" and not self.lora_rank
 
+    @property
+    def path(self) -> Path:
+        """The code that the training loop would plug in, by its own rule."""
+        kind = json.loads(self.config)["model_type"]
+        whole = computes_whole(self.engine, self.tensor, self.context, self.compile)
+        return "stock" if self.kernels == "stock" else path_of(self.kernels, kind, self.proven, whole) or "stock"
+
     def layers(self) -> int:
         return json.loads(self.config)["num_hidden_layers"]
 
@@ -91,13 +103,20 @@ class Workload:
             adapter_dtype=self.adapter_dtype,
             loss=self.loss,
             packed=self.packed and self.micro > 1,
+            path=self.path,
+            head_elsewhere=self.engine in ("fsdp2", "zero3"),
             tensor=1 if self.sequence_parallel else self.tensor,
         )
 
 
-def from_recipe(recipe: Recipe, config: Mapping[str, Any], ranks: int, ragged: bool = False) -> Workload:
-    """Turn a recipe into a workload on `ranks` ranks. Raises ValueError, one line, where the batch cannot be cut so,
-    unless it may be `ragged`: training accepts that, some ranks then compute nothing."""
+def from_recipe(
+    recipe: Recipe, config: Mapping[str, Any], ranks: int, arch: str = "", ragged: bool = False
+) -> Workload:
+    """Turn a recipe into a workload on `ranks` ranks of an architecture (`sm_90`; none is no GPU).
+
+    Raises ValueError, one line, where the batch cannot be cut so, unless it may be `ragged`: training accepts that,
+    some ranks then compute nothing.
+    """
     parallel, batch = recipe.parallel, recipe.batch
     model = parallel.tensor * parallel.context
     if ranks % model:
@@ -137,7 +156,9 @@ def from_recipe(recipe: Recipe, config: Mapping[str, Any], ranks: int, ragged: b
         offload=parallel.offload == "cpu",
         tensor=parallel.tensor,
         context=parallel.context,
-        packed=recipe.batch.packing and recipe.model.kernels != "triton",
+        packed=recipe.batch.packing,
+        kernels=recipe.model.kernels,
+        proven=arch in PROVEN_CARDS,
         reference=frozen_copy and not recipe.lora.rank,
     )
 

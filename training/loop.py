@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import xxhash
 
-from ..kernels.huggingface import is_proven, plug
+from ..kernels.huggingface import is_proven, path_of, plug
 from . import checkpoint, experts, finish
 from .batches import steps_per_epoch
 from .dataset import Dataset, Pair, Sample, load_dataset
@@ -31,7 +31,7 @@ from .manifest import Manifest
 from .method import Method
 from .models import compute_dtype, has_bf16_units, load_model, load_tokenizer, prepare
 from .optim import build_optimizer
-from .parallel import build_engine
+from .parallel import build_engine, computes_whole
 from .pretrain import Pretraining, open_shards
 from .ranks import Ranks, start
 from .recipe import Recipe, dump_recipe
@@ -81,10 +81,11 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     made_by_method = recipe.method == "grpo" or recipe.data.tokens is not None
     data = None if made_by_method else load_dataset(recipe, tokenizer, run_dir)
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
-    whole = _whole(recipe)
-    if recipe.model.kernels == "triton" or (whole and is_proven(ranks.device)):
+    knobs, kernels = recipe.parallel, recipe.model.kernels
+    whole = computes_whole(knobs.engine, knobs.tensor, knobs.context, recipe.model.compile)
+    if path_of(kernels, model.config.model_type, is_proven(ranks.device), whole) == "triton":
         model.to(ranks.device)  # pyright: ignore[reportArgumentType]
-    plug(model, recipe.model.kernels, whole)
+    plug(model, kernels, whole)
     if recipe.lora.rank:
         model = add_adapters(model, recipe.lora, recipe.seed, as_written=recipe.deterministic == "elastic")
     prepare(model, recipe.model, ranks.device)
@@ -93,12 +94,6 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     optimizer = build_optimizer(recipe, model)
     engine = build_engine(ranks, model, optimizer, recipe)
     return tokenizer, data, engine, _method(recipe, ranks, engine, tokenizer, data, reference)
-
-
-def _whole(recipe: Recipe) -> bool:
-    """Whether every rank holds whole weights and rows and computes what is written, as `auto` wants it for kernels."""
-    knobs = recipe.parallel
-    return knobs.engine in ("ddp", "zero1", "zero2") and knobs.tensor == knobs.context == 1 and not recipe.model.compile
 
 
 def _steps(

@@ -8,6 +8,12 @@ from .ranks import Ranks
 from .recipe import Recipe
 
 
+def computes_whole(engine: str, tensor: int, context: int, compiled: bool) -> bool:
+    """Whether every rank holds whole weights and rows and computes what is written, as `kernels: auto` wants it for the
+    Triton kernels: nothing shares them, and torch.compile traces nothing."""
+    return engine in ("ddp", "zero1", "zero2") and tensor == context == 1 and not compiled
+
+
 def build_engine(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> Engine:
     """Wrap model and optimizer in the recipe's engine."""
     if recipe.deterministic == "elastic":

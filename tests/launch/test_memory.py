@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from shipyard.launch.memory import memory_of, read_shape
+from shipyard.launch.footprint import measure
+from shipyard.launch.memory import activations_of, in_flight, kept_edges, memory_of, read_shape
 from shipyard.launch.plan import dry_memory
 from shipyard.launch.state import NF4_BYTES, parameters, state_of
 from shipyard.launch.workload import Workload
@@ -59,6 +60,30 @@ def test_checkpointing_moves_activations_only() -> None:
     none, selective, full = (memory_of(_work(checkpointing=mode)) for mode in ("none", "selective", "full"))
     assert none.activations > 1.5 * selective.activations > 3 * full.activations
     assert none.weights == full.weights
+
+
+def test_a_pipeline_keeps_what_passes_between_its_stages() -> None:
+    """The first rank, with 8 stages: gradients arrive in a buffer for each micro-batch, outputs wait for theirs."""
+    plain = _work(pipeline=8, rounds=8, ranks=64)
+    assert (in_flight(plain), kept_edges(plain)) == (8, 8 + 8)
+    few = _work(pipeline=8, chunks=2, rounds=8, ranks=64)
+    assert (in_flight(few), kept_edges(few)) == (8, 16 + 16)  # no more than a step has, whatever the schedule's warm-up
+    many = _work(pipeline=8, chunks=2, rounds=32, ranks=64)
+    assert (in_flight(many), kept_edges(many)) == (11.5, 23 + 2 * 32 + (32 - 11.5))
+    small = json.dumps(read_shape("llama3-8b") | {"vocab_size": 1024})
+    full = _work(config=small, pipeline=8, rounds=8, ranks=64, checkpointing="full")
+    footprint, edge = measure(full.one_pass()), 2 * 2048 * 4096
+    assert activations_of(full, footprint) == round(footprint.block_peak_with(8 * 32 / 8) + 16 * edge)
+    whole = _work(pipeline=2, rounds=32, ranks=64, checkpointing="full")  # the last stage returns every logit
+    footprint = measure(whole.one_pass())
+    assert activations_of(whole, footprint) == round(footprint.peak_with(16) + 31 * 2 * 2048 * 128256)
+
+
+def test_a_4_bit_weight_is_whole_while_it_multiplies() -> None:
+    work = _work(quantize="nf4", lora_rank=8, checkpointing="full", loss="fused", tokens=128)
+    footprint = measure(work.one_pass())
+    unpacked = 2 * 4096 * 14336
+    assert activations_of(work, footprint) == footprint.block_peak_with(32) + unpacked > footprint.peak_with(32)
 
 
 def test_dry_run_has_every_category() -> None:

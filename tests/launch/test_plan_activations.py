@@ -1,79 +1,28 @@
 """Activations: what the planner measures without computing against what a real model really saves."""
 
 import contextlib
-import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import torch
+from saved_for_tests import CONFIG, pass_of, real_model, saved_bytes
 from shipyard.launch import footprint
 from shipyard.launch.footprint import (
     ActivationTracker,
     Checkpointing,
     Pass,
-    build,
     extrapolate,
     loss_of,
     measure,
 )
 from shipyard.launch.op_costs import OpCosts
 from shipyard.training import loss
-from torch import Tensor, nn
 
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 211,
-    "tie_word_embeddings": False,
-}
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
-
-
-def _pass(mode: Checkpointing, samples: int = 2, **changes: Any) -> Pass:
-    return Pass(json.dumps(CONFIG | changes), samples, 48, mode, dtype="float32")
-
-
-def _real(what: Pass, layers: int) -> nn.Module:
-    model = build(what, layers).to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # pyright: ignore
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
-    return model
-
-
-class _Saved:
-    """Bytes of distinct storages that autograd saves for backward and the weights do not hold already."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-        self.sizes: dict[int, int] = {}
-        self.kept: list[Tensor] = []
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.sizes[storage.data_ptr()] = storage.nbytes()
-            self.kept.append(tensor)  # so that no address is used twice
-        return tensor
-
-
-def _saved_bytes(what: Pass, layers: int) -> int:
-    model = _real(what, layers)
-    saved = _Saved(model)
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        loss_of(model, what)
-    return sum(saved.sizes.values())
 
 
 def _tracked_bytes(what: Pass, layers: int) -> int:
     """What torch's tracker counts on a real model: it sees selective checkpointing's own cache, which hooks do not."""
-    model = _real(what, layers)
+    model = real_model(what, layers)
     tracker = ActivationTracker()
     tracker.track_external(model)
     with tracker:
@@ -85,11 +34,11 @@ def _tracked_bytes(what: Pass, layers: int) -> int:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_block_keeps_what_autograd_saves(mode: Checkpointing) -> None:
-    what = _pass(mode)
+    what = pass_of(mode)
     planned = measure(what).block_bytes
     assert planned == _tracked_bytes(what, 3) - _tracked_bytes(what, 2)
     if mode != "selective":
-        assert planned == _saved_bytes(what, 3) - _saved_bytes(what, 2)
+        assert planned == saved_bytes(what, 3) - saved_bytes(what, 2)
     tokens, width, inner = 2 * 48, 64, 176
     if mode == "full":
         assert planned == 4 * tokens * width  # the block's input and nothing else
@@ -101,9 +50,9 @@ def test_block_keeps_what_autograd_saves(mode: Checkpointing) -> None:
 def test_a_whole_model_follows_from_two_blocks() -> None:
     """Measured blocks add up: five layers extrapolated from two hold what five layers really hold."""
     for mode in MODES:
-        what = _pass(mode, num_hidden_layers=5)
+        what = pass_of(mode, num_hidden_layers=5)
         footprint = measure(what)
-        whole = _real(what, 5)
+        whole = real_model(what, 5)
         tracker, costs = ActivationTracker(), OpCosts()
         tracker.track_external(whole)
         with tracker, costs:
@@ -119,7 +68,7 @@ def test_a_whole_model_follows_from_two_blocks() -> None:
 
 def test_flops_are_those_of_the_architecture() -> None:
     """Six FLOPs a weight and token for products; attention's 4 (forward) and 10 (backward) per pair and head number."""
-    footprint = measure(_pass("none"))
+    footprint = measure(pass_of("none"))
     tokens = 2 * 48
     weights = 64 * (64 + 2 * 32 + 64 + 3 * 176)
     assert sum(op.flops for op in footprint.block_ops if op.kind == "matmul") == 6 * tokens * weights
@@ -128,14 +77,14 @@ def test_flops_are_those_of_the_architecture() -> None:
 
 
 def test_recomputation_costs_flops_and_saves_bytes() -> None:
-    none, selective, full = (measure(_pass(mode)) for mode in MODES)
+    none, selective, full = (measure(pass_of(mode)) for mode in MODES)
     assert none.block_bytes > selective.block_bytes > full.block_bytes
     flops = [sum(op.flops for op in one.block_ops) for one in (none, selective, full)]
     assert flops[0] == flops[1] < flops[2]
 
 
 def test_fused_runs_move_less_than_eager_ones() -> None:
-    block = measure(_pass("none")).block_ops
+    block = measure(pass_of("none")).block_ops
     eager = sum(op.eager_bytes for op in block if op.kind == "pointwise")
     fused = sum(op.fused_bytes for op in block if op.kind == "pointwise")
     assert 0 < fused < eager / 2
@@ -143,7 +92,7 @@ def test_fused_runs_move_less_than_eager_ones() -> None:
 
 def test_more_samples_follow_from_two() -> None:
     for mode in MODES:
-        measured, drawn = measure(_pass(mode, samples=5)), extrapolate(_pass(mode), 5)
+        measured, drawn = measure(pass_of(mode, samples=5)), extrapolate(pass_of(mode), 5)
         assert drawn.block_bytes == measured.block_bytes
         # the worst of several moments: each is a line, their maximum bends, by little
         assert drawn.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.02)
@@ -154,7 +103,7 @@ def test_more_samples_follow_from_two() -> None:
 def test_packed_rows_pay_for_every_pair() -> None:
     """Documents in one row are kept apart by a mask over all pairs of tokens, which torch's attention keeps per
     block."""
-    apart, packed = measure(_pass("none", 4)), measure(replace(_pass("none", 4), packed=True))
+    apart, packed = measure(pass_of("none", 4)), measure(replace(pass_of("none", 4), packed=True))
     pairs = (4 * 48) ** 2
     assert packed.block_bytes - apart.block_bytes > pairs  # bytes, at one a pair or more
     scores = [sum(op.flops for op in one.block_ops if op.kind == "attention") for one in (apart, packed)]
@@ -162,7 +111,7 @@ def test_packed_rows_pay_for_every_pair() -> None:
 
 
 def test_adapters_train_little_and_cost_less() -> None:
-    whole, adapters = measure(_pass("none")), measure(replace(_pass("none"), lora_rank=4))
+    whole, adapters = measure(pass_of("none")), measure(replace(pass_of("none"), lora_rank=4))
     products = [sum(op.flops for op in one.block_ops if op.kind == "matmul") for one in (whole, adapters)]
     assert 2 / 3 < products[1] / products[0] < 1  # no gradients of frozen weights: four of six, and the adapters' own
 
@@ -171,9 +120,9 @@ def test_two_chunks_of_the_loss_stand_for_all(monkeypatch: pytest.MonkeyPatch) -
     """The same bytes and operations as from running every one of 12 chunks."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 8 * CONFIG["vocab_size"])
     monkeypatch.setattr(footprint, "_measure_layers", footprint._measure_layers.__wrapped__)
-    few = measure(_pass("none"))
+    few = measure(pass_of("none"))
     monkeypatch.setattr(footprint, "_two_chunks", lambda costs: contextlib.nullcontext())
-    every = measure(_pass("none"))
+    every = measure(pass_of("none"))
     assert replace(few, rest_ops=()) == replace(every, rest_ops=())
     assert [op.launches for op in few.rest_ops] == [op.launches for op in every.rest_ops]
     eager = [sum(op.eager_bytes for op in found.rest_ops) for found in (few, every)]
