@@ -13,10 +13,12 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .kept import join
 
 SHORTEST_BUCKET = 16
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def document_ends(position_ids_BT: torch.Tensor) -> list[list[int]]:
@@ -128,6 +130,9 @@ def sdpa_document(q_1HTD, k_1GTD, v_1GTE, scale, dropout, window, causal: bool, 
         back = index[length - queries :, None] - index[None, :]
         mask = (back >= 0) & (back < window)
     gqa = k_1GTD.shape[1] != q_1HTD.shape[1]
+    if gqa and mask is not None and q_1HTD.device.type != "cpu":  # fused kernels there share heads or take a mask
+        k_1GTD, v_1GTE = (x.repeat_interleave(q_1HTD.shape[1] // x.shape[1], 1) for x in (k_1GTD, v_1GTE))
+        gqa = False
     return F.scaled_dot_product_attention(
         q_1HTD, k_1GTD, v_1GTE, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and queries > 1,
         scale=scale, enable_gqa=gqa,
@@ -150,6 +155,7 @@ def sdpa_by_bucket(packing: Packing, q_BHTD, k_BGTD, v_BGTE, scale, dropout, win
     """One call for all documents of like length, shapes as `sdpa_each`.
 
     Tokens are sorted by bucket once; a bucket's go to their slots among zeros, and its results come back from them.
+    Not by cuDNN, which PyTorch would choose on Hopper: it plans anew for every shape it has not seen, for milliseconds.
     """
     sorted_by = packing.causal_buckets if causal else packing.equal_buckets
     sizes = [bucket.slots_N.numel() for bucket in sorted_by.buckets]
@@ -157,7 +163,8 @@ def sdpa_by_bucket(packing: Packing, q_BHTD, k_BGTD, v_BGTE, scale, dropout, win
     pieces = []
     for bucket, (q, k, v) in zip(sorted_by.buckets, parts, strict=True):
         q, k, v = (_pad(x, bucket).transpose(1, 2) for x in (q, k, v))
-        out_BTHE = sdpa_document(q, k, v, scale, dropout, window, causal).transpose(1, 2)
+        with sdpa_kernel(BACKENDS):
+            out_BTHE = sdpa_document(q, k, v, scale, dropout, window, causal).transpose(1, 2)
         pieces.append(out_BTHE.flatten(0, 1).index_select(0, bucket.slots_N))
     out = torch.cat(pieces).index_select(0, sorted_by.places_T)
     return out.unflatten(0, (q_BHTD.shape[0], packing.length))

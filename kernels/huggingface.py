@@ -76,12 +76,15 @@ def path_of(kernels: str, model_type: str, proven: bool, whole: bool) -> Path | 
     return "triton" if kernels == "triton" or (kernels == "auto" and proven and whole) else "torch"
 
 
-def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto", whole: bool = True) -> Plug:
+def plug(
+    model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto", whole: bool = True,
+    device: torch.device | None = None,
+) -> Plug:  # fmt: skip
     """Puts the kernels into `model` (also when PEFT wraps it), in place. Same numbers, less time and memory.
 
     `triton` needs the weights on a GPU. `auto` takes it for weights on a card of `PROVEN_CARDS`, and PyTorch elsewhere:
     a training run must not be the first to try kernels on a card. Nor does it where ranks share rows or layers, or
-    torch.compile traces the layers (not `whole`).
+    torch.compile traces the layers (not `whole`). `device` is where the model will run, if its weights are not there.
     A model type that is not in `MODEL_TYPES` is left as it is under `auto` (the Plug then has no parts) and is an error
     when a path was asked for.
     """
@@ -93,10 +96,10 @@ def plug(model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "
         if kernels == "auto":
             return Plug("torch", ())
         raise ValueError(f"kernels: {kernels!r}, but model type {kind!r} is not in {MODEL_TYPES}; use kernels: auto")
-    weight = next(bases[0].parameters())
+    device = device or next(bases[0].parameters()).device
     if kernels == "triton":
-        need_triton(weight)
-    return plug_path(bases[0], path_of(kernels, kind, is_proven(weight.device), whole) or "torch")
+        need_triton(device)
+    return plug_path(bases[0], path_of(kernels, kind, is_proven(device), whole) or "torch")
 
 
 def plug_path(base: PreTrainedModel, path: Path) -> Plug:

@@ -43,12 +43,12 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return HAS_TRITON and (INTERPRETED or tensor.is_cuda)
 
 
-def need_triton(tensor: torch.Tensor) -> None:
+def need_triton(device: torch.device) -> None:
     """Says in one line why a kernel that was asked for by name cannot run here."""
     if not HAS_TRITON:
         raise ValueError("kernels: triton, is not installed; pip install 'shipyard-llm[kernels]' or use kernels: auto")
-    if not use_triton(tensor):
-        raise ValueError(f"kernels: triton, needs a GPU but the weights are on {tensor.device}; use kernels: auto")
+    if not (INTERPRETED or device.type == "cuda"):
+        raise ValueError(f"kernels: triton, needs a GPU but the weights are on {device}; use kernels: auto")
 
 
 def need_compiler() -> None:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import xxhash
 
-from ..kernels.huggingface import is_proven, path_of, plug
+from ..kernels.huggingface import plug
 from . import checkpoint, experts, finish
 from .batches import steps_per_epoch
 from .dataset import Dataset, Pair, Sample, load_dataset
@@ -83,9 +83,7 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
     knobs, kernels = recipe.parallel, recipe.model.kernels
     whole = computes_whole(knobs.engine, knobs.tensor, knobs.context, recipe.model.compile)
-    if path_of(kernels, model.config.model_type, is_proven(ranks.device), whole) == "triton":
-        model.to(ranks.device)  # pyright: ignore[reportArgumentType]
-    plug(model, kernels, whole)
+    plug(model, kernels, whole, ranks.device)
     if recipe.lora.rank:
         model = add_adapters(model, recipe.lora, recipe.seed, as_written=recipe.deterministic == "elastic")
     prepare(model, recipe.model, ranks.device)

@@ -9,9 +9,10 @@ from .recipe import Recipe
 
 
 def computes_whole(engine: str, tensor: int, context: int, compiled: bool) -> bool:
-    """Whether every rank holds whole weights and rows and computes what is written, as `kernels: auto` wants it for the
-    Triton kernels: nothing shares them, and torch.compile traces nothing."""
-    return engine in ("ddp", "zero1", "zero2") and tensor == context == 1 and not compiled
+    """Whether every rank computes whole layers on whole rows, as written, which `kernels: auto` wants for the Triton
+    kernels: no two ranks share a layer or a row, and torch.compile traces nothing. Engines that scatter weights bring a
+    layer's together before it runs."""
+    return tensor == context == 1 and not compiled
 
 
 def build_engine(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> Engine:

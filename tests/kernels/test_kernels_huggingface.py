@@ -185,3 +185,6 @@ def test_auto_takes_the_kernels_only_where_a_card_has_run_them(monkeypatch):
     assert plug(build("llama")).path == "triton"
     assert plug(build("llama"), "torch").path == "torch"
     assert plug(build("llama"), whole=False).path == "torch"
+    monkeypatch.setattr(huggingface, "is_proven", lambda device: device.type == "cuda")
+    assert plug(build("llama")).path == "torch"
+    assert plug(build("llama"), device=torch.device("cuda", 1)).path == "triton"  # its weights come there later

@@ -49,12 +49,11 @@ def test_a_plan_has_the_path_that_the_loop_would_take() -> None:
     config = {key: value for key, value in CONFIG.items() if key != "num_hidden_layers"}
     work = Workload(json.dumps(CONFIG), 8, 48, 2, engine="zero2", kernels="auto", proven=True)
     assert work.path == "triton"
-    shared = {"engine": "zero3"}, {"engine": "fsdp2"}, {"tensor": 2}, {"context": 2}, {"compile": True}
-    for change in (*shared, {"proven": False}, {"kernels": "torch"}):
+    for change in ({"tensor": 2}, {"context": 2}, {"compile": True}, {"proven": False}, {"kernels": "torch"}):
         assert replace(work, **change).path == "torch", change
-    asked = [replace(work, kernels="triton", engine=engine) for engine in ("zero2", "zero3", "fsdp2")]
-    assert {one.path for one in asked} == {"triton"}
-    assert [one.one_pass().head_elsewhere for one in asked] == [False, True, True]
+    engines = [replace(work, engine=engine) for engine in ("zero2", "zero3", "fsdp2")]
+    assert {one.path for one in engines} == {"triton"}
+    assert [one.one_pass().head_elsewhere for one in engines] == [False, True, True]
     unknown = json.dumps(config | {"model_type": "gemma", "num_hidden_layers": 2})
     assert replace(work, config=unknown).path == "stock"
     assert replace(work, kernels="stock").path == "stock"
@@ -74,7 +73,7 @@ def test_only_cards_that_ran_the_kernels_are_planned_with_them(capsys: pytest.Ca
 
 
 def test_ranks_that_share_the_head_make_logits() -> None:
-    """The kernels may be asked for under FSDP2 and ZeRO-3, where the head's weight is elsewhere."""
+    """Under FSDP2 and ZeRO-3 the head's weight is elsewhere."""
     here = replace(pass_of("none"), path="triton")
     held = [footprint._measure_layers(replace(here, head_elsewhere=there), 1).retained for there in (True, False)]
     assert held[0] - held[1] == pytest.approx(2 * 48 * CONFIG["vocab_size"] * 4, abs=2048)
