@@ -8,7 +8,7 @@
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 DEMO_EXTRAS := train,llamacpp,ollama,evals
-DEV_EXTRAS := $(DEMO_EXTRAS),kernels,dev
+DEV_EXTRAS := $(DEMO_EXTRAS),kernels,ray,dev
 
 help:
 	@sed -n 's/^# //p' Makefile

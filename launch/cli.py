@@ -370,6 +370,7 @@ def run_command(arguments: Sequence[str]) -> int:
 def _quiet_libraries() -> None:
     """Switch off telemetry and the notices that say nothing about the user's job. What the user set stays."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # for a Ray that `data build` starts
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")

@@ -47,7 +47,7 @@ CLUSTERS: dict[str, Cluster] = {
     "skypilot": Cluster(
         skypilot_task, "-sky.yaml", ("sky", "jobs", "launch", "--yes"), "sky", "pip install skypilot[CLOUD]"
     ),
-    "ray": Cluster(ray_script, "-ray.sh", ("bash",), "ray", "pip install 'ray[default]'"),
+    "ray": Cluster(ray_script, "-ray.sh", ("bash",), "ray", "pip install 'shipyard-llm[ray]'"),
 }
 
 

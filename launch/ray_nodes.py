@@ -43,10 +43,11 @@ class Node:
 
     def __init__(self) -> None:
         self.child: subprocess.Popen[bytes] | None = None
+        self.stopped = False
 
     def address(self) -> tuple[str, int]:
         """This node's address in the cluster, and a free port there."""
-        import ray  # pyright: ignore
+        import ray
 
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -55,10 +56,13 @@ class Node:
     def run(self, script: str, variables: dict[str, str]) -> int:
         """Run the script; return its exit code."""
         self.child = subprocess.Popen(["bash", script], env=os.environ | variables)
+        if self.stopped:  # before there was a child
+            self.child.terminate()
         return self.child.wait()
 
     def stop(self) -> None:
         """Pass SIGTERM on: the ranks save and end."""
+        self.stopped = True
         if self.child is not None:
             self.child.terminate()
 
@@ -66,9 +70,9 @@ class Node:
 def run_on_nodes(nodes: int, gpus: int, restarts: int, script: str) -> int:
     """Run the script on every node, again after a crash at most `restarts` times; return 0, the last exit code that was
     not, or 143 after SIGTERM. A bad step or a mistake is final. Waits until the cluster has the nodes."""
-    import ray  # pyright: ignore
-    from ray.util.placement_group import placement_group, remove_placement_group  # pyright: ignore
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     ray.init()
     unit = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
@@ -77,8 +81,7 @@ def run_on_nodes(nodes: int, gpus: int, restarts: int, script: str) -> int:
 
     def stop(number: int, frame: Any) -> None:
         stopped.append(number)
-        for actor in actors:
-            actor.stop.remote()
+        _stop(actors)
 
     signal.signal(signal.SIGTERM, stop)
     code, start = 1, uuid.uuid4().hex
@@ -96,6 +99,8 @@ def run_on_nodes(nodes: int, gpus: int, restarts: int, script: str) -> int:
             .remote()
             for index in range(nodes)
         ]
+        if stopped:  # before there were actors
+            _stop(actors)
         address, port = ray.get(actors[0].address.remote())
         meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port), START: start}
         code = _wait(
@@ -107,23 +112,28 @@ def run_on_nodes(nodes: int, gpus: int, restarts: int, script: str) -> int:
     return EXIT_PREEMPTED if stopped and code not in (0, *FINAL) else code
 
 
+def _stop(actors: list[Any]) -> None:
+    for actor in actors:
+        actor.stop.remote()
+
+
 def _wait(runs: list[Any], actors: list[Any]) -> int:
     """The exit code of all nodes: the first that is not 0 ends the others, a node that was lost counts as 1, and a node
     that knows of a bad step or a mistake is believed."""
-    import ray  # pyright: ignore
+    import ray
+    from ray.exceptions import RayError
 
     code, waiting = 0, runs
     while waiting:
         done, waiting = ray.wait(waiting)
         try:
             ended = ray.get(done[0])
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             print(f"a node was lost: {error}", file=sys.stderr)
             ended = 1
         if ended and not code:
             code = ended
-            for actor in actors:
-                actor.stop.remote()
+            _stop(actors)
         elif ended in FINAL:
             code = ended
     return code

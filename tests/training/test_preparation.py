@@ -4,14 +4,17 @@ import hashlib
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from shipyard.launch.workers import runner
 from shipyard.training import preparation
@@ -225,12 +228,19 @@ def test_what_is_there_is_not_written_over(many_pieces: Path, tiny_model: Path, 
         build(recipe)
 
 
-@pytest.mark.slow
-def test_ray_makes_the_same_bytes(many_pieces: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """A local Ray cluster of two processes."""
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'shipyard-llm[ray]'")
+def test_ray_makes_the_same_bytes(
+    many_pieces: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local Ray of two processes."""
     recipe = recipe_file(tmp_path, tiny_model, train=str(many_pieces), validation_fraction=0.1)
     build(recipe)
     changed = load_recipe(recipe, [f"data.tokens={tmp_path / 'ray'}"])
-    preparation.build(changed, runner("ray", 2), lambda text: None)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # Ray's sockets take no longer path
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex())
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        try:
+            preparation.build(changed, runner("ray", 2), lambda text: None)
+        finally:
+            ray.shutdown()
     assert sums(tmp_path / "tokens") == sums(tmp_path / "ray")
