@@ -171,14 +171,18 @@ class _Head(torch.autograd.Function):
                 soft_CV.exp_().scatter_add_(1, at_C1, soft_CV.new_full(at_C1.shape, -1.0))
                 pull_ND[part] = soft_CV.to(x_ND.dtype) @ weight_VD
         ctx.save_for_backward(pull_ND, weight_VD, ids_N)
+        ctx.set_materialize_grads(False)  # None says which of the two nobody asked for
         return logp_N, log_z_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlogp_N: Tensor, dlog_z_N: Tensor):
+    def backward(ctx, dlogp_N: Tensor | None, dlog_z_N: Tensor | None):
         """With g = (softmax - one_hot) W: d logp / dx = -g and d log Z / dx = g + W[id]."""
         pull_ND, weight_VD, ids_N = ctx.saved_tensors
-        dx_ND = pull_ND.float() * (dlog_z_N - dlogp_N)[:, None]
-        if dlog_z_N.any():
+        toward_N = torch.zeros_like(ids_N, dtype=torch.float32) if dlogp_N is None else -dlogp_N
+        if dlog_z_N is not None:
+            toward_N = toward_N + dlog_z_N
+        dx_ND = pull_ND.float() * toward_N[:, None]
+        if dlog_z_N is not None:
             dx_ND.addcmul_(weight_VD[ids_N].float(), dlog_z_N[:, None])
         return dx_ND.to(pull_ND.dtype), None, None
