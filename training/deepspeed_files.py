@@ -14,7 +14,7 @@ in neither; they come from the model and the recipe.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,18 @@ class _Address:
     start: int
 
 
-KNOWN_CLASSES: dict[str, type] = {
+STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _member(kind: type, name: str) -> _Stage:
+    """Stands for getattr, by which early releases of Python 3.11 pickle an enum's member: of ZeroStageEnum alone."""
+    if kind is not _Stage or name not in STAGES:
+        raise ValueError(f"it asks for {name!r} of {kind!r}, which DeepSpeed's own checkpoints do not")
+    return _Stage(STAGES[name])
+
+
+KNOWN_CLASSES: dict[str, Callable[..., Any]] = {
+    "builtins.getattr": _member,
     "deepspeed.runtime.zero.config.ZeroStageEnum": _Stage,
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Opaque,
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Opaque,

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from shipyard.serving.export import export
 from shipyard.training.checkpoint import committed
-from shipyard.training.deepspeed_files import import_deepspeed
+from shipyard.training.deepspeed_files import STAGES, _load, import_deepspeed
 from shipyard.training.manifest import verify
 from shipyard.training.shard import StoredFragments
 
@@ -53,6 +53,31 @@ def test_an_engine_of_another_stage_takes_every_bit(saved: Path) -> None:
             for key in held:
                 tolerance = 0.0 if before.startswith("zero") else 1e-7
                 assert torch.allclose(held[key], taken[key], rtol=0, atol=tolerance), (after, key)
+
+
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 or so pickle an enum's member."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.asked = kind, name
+
+    def __reduce__(self):
+        return getattr, self.asked
+
+
+def test_a_stage_pickled_by_name_comes_in_and_nothing_else_does(tmp_path: Path) -> None:
+    """getattr could reach anything from a class; what stands for it knows the names of ZeRO's stages."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    for stage in ZeroStageEnum:
+        if stage.name in STAGES:
+            torch.save({"zero_stage": ByName(ZeroStageEnum, stage.name)}, tmp_path / "named.pt")
+            assert int(_load(tmp_path / "named.pt")["zero_stage"]) == stage.value
+    assert {name: int(ZeroStageEnum[name]) for name in STAGES} == STAGES
+    for kind, name in ((ZeroStageEnum, "__class__"), (ZeroStageEnum, "__subclasses__")):
+        torch.save({"zero_stage": ByName(kind, name)}, tmp_path / "named.pt")
+        with pytest.raises(ValueError, match=rf"is damaged \(.*{name}"):
+            _load(tmp_path / "named.pt")
 
 
 class Stranger:
