@@ -203,7 +203,7 @@ def _one_document(length: int, device: torch.device) -> torch.Tensor:
     return torch.arange(2, dtype=torch.int32, device=device) * length
 
 
-def _places(rows: int, documents: int, block: int) -> int:
+def places(rows: int, documents: int, block: int) -> int:
     """Programs that hold every tile of `documents` documents; `tile_of` finds a program's own."""
     return (rows + documents * (block - 1)) // block
 
@@ -260,7 +260,7 @@ class _Attention(torch.autograd.Function):
         rest = torch.empty_like(out) if keeps_rest else None
         documents = cu_q.numel() - 1
         if tokens and documents > 0:
-            attention_kernel[(_places(tokens, documents, shape.queries), heads)](
+            attention_kernel[(places(tokens, documents, shape.queries), heads)](
                 q, k, v, lse if sinks is None else sinks, out, out if rest is None else rest, lse, inverse, cu_q, cu_k,
                 documents, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], tokens,
                 features.window or 0, heads // k.shape[1], REST=keeps_rest, BM=shape.queries, BN=shape.keys,
@@ -288,14 +288,14 @@ class _Attention(torch.autograd.Function):
         shape = ctx.tile or attention_tile(arch, "queries", q.shape[2], v.shape[2], q.dtype)
         # first, since in fp32 it makes delta for the other
         if q.shape[0] and documents > 0:
-            query_kernel[(_places(q.shape[0], documents, shape.queries), q.shape[1])](
+            query_kernel[(places(q.shape[0], documents, shape.queries), q.shape[1])](
                 q, k, v, dout, lse, inverse, delta, dq, cu_q, cu_k, documents, *shared, *dq.stride()[:2], *numbers,
                 BM=shape.queries, BN=shape.keys, num_warps=shape.warps, num_stages=shape.stages,
                 SCALE=features.scale, **switches,
             )  # fmt: skip
         shape = ctx.tile or attention_tile(arch, "keys", q.shape[2], v.shape[2], q.dtype)
         if k.shape[0] and documents > 0:
-            key_value_kernel[(_places(k.shape[0], documents, shape.keys), k.shape[1])](
+            key_value_kernel[(places(k.shape[0], documents, shape.keys), k.shape[1])](
                 q, k, v, dout, lse, inverse, delta, dk, dv, cu_q, cu_k, documents, *shared, *dk.stride()[:2],
                 *dv.stride()[:2], *numbers,
                 BM=shape.queries, BN=shape.keys, num_warps=shape.warps, num_stages=shape.stages,

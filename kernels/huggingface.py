@@ -33,7 +33,7 @@ from .swiglu import swiglu
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "gpt2")
 TORCH_ATTENTION, TRITON_ATTENTION = "shipyard_torch", "shipyard_triton"
-Path = Literal["torch", "triton"]
+KernelPath = Literal["torch", "triton"]
 
 PROVEN_CARDS = ("sm_90",)
 """Architectures on which `shipyard verify kernels` ran on a real card (docs/kernels.md says which), and a model learned
@@ -58,7 +58,7 @@ class SharedRows(Protocol):
 class Plug:
     """What `plug` changed. `path` is the code that runs now, `parts` what it replaced, `remove()` undoes all of it."""
 
-    path: Path
+    path: KernelPath
     parts: tuple[str, ...]
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -68,7 +68,7 @@ class Plug:
             self.undo.pop()()
 
 
-def path_of(kernels: str, model_type: str, proven: bool, whole: bool) -> Path | None:
+def path_of(kernels: str, model_type: str, proven: bool, whole: bool) -> KernelPath | None:
     """The rule of `kernels:`, for `plug` and for those who ask beforehand: the code that computes a model's layers on a
     card that is `proven`, where ranks hold them `whole`. None leaves the model's own."""
     if model_type not in MODEL_TYPES:
@@ -102,7 +102,7 @@ def plug(
     return plug_path(bases[0], path_of(kernels, kind, is_proven(device), whole) or "torch")
 
 
-def plug_path(base: PreTrainedModel, path: Path) -> Plug:
+def plug_path(base: PreTrainedModel, path: KernelPath) -> Plug:
     """Puts one path into a model, wherever its weights are and whether that path can run there or not."""
     plugged = Plug(path, ())
     _plug_attention(base, plugged)

@@ -31,7 +31,7 @@ Checkpointing = Literal["none", "selective", "alternate", "full"]
 Loss = Literal["ours", "whole", "compiled", "fused"]
 """`ours` recomputes fp32 logits by chunks; `whole` turns all of them to fp32, as a plain cross-entropy does; `compiled`
 is that one through a compiler, which never writes fp32 logits; `fused` the same over eight pieces of the sequence."""
-Path = Literal["stock", "torch", "triton"]
+LayerPath = Literal["stock", "torch", "triton"]
 """The layers' code: transformers' own, with a mask over all pairs of tokens of packed rows, or kernels.huggingface."""
 SIZES = ("flops", "eager_bytes", "fused_bytes", "operands")
 
@@ -54,7 +54,7 @@ class Pass:
     loss: Loss = "ours"
     packed: bool = False
     """Samples are documents in one long row."""
-    path: Path = "stock"
+    path: LayerPath = "stock"
     head_elsewhere: bool = False
     """Ranks share the head's weight, and the loss is made from logits."""
     tensor: int = 1

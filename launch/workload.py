@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..kernels.huggingface import PROVEN_CARDS, path_of
 from ..training.parallel import computes_whole
 from ..training.recipe import Recipe
-from .footprint import Checkpointing, Loss, Pass, Path
+from .footprint import Checkpointing, LayerPath, Loss, Pass
 
 EngineName = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
@@ -80,7 +80,7 @@ class Workload:
         return self.engine == "ddp" and self.dtype == "bfloat16" and not self.lora_rank
 
     @property
-    def path(self) -> Path:
+    def path(self) -> LayerPath:
         """The code that the training loop would plug in, by its own rule."""
         kind = json.loads(self.config)["model_type"]
         whole = computes_whole(self.engine, self.tensor, self.context, self.compile)

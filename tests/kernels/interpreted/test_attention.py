@@ -1,7 +1,7 @@
 import pytest
 import torch
 from shipyard.kernels.accuracy import FEW, hold_bars, run_all_ways
-from shipyard.kernels.attention import Tile, _places, attention_reference, flash_attention
+from shipyard.kernels.attention import Tile, attention_reference, flash_attention, places
 from shipyard.kernels.attention_tiles import tile_of
 from shipyard.kernels.interpreter import Sanitizer, poisoned
 from shipyard.kernels.jit import jit, tl
@@ -220,7 +220,7 @@ def name_tiles(cu, documents, found, BLOCK: tl.constexpr):
 def test_every_tile_has_one_program_and_few_programs_have_none(lengths, slack):
     """Of any documents, empty ones among them, in blocks of 16; the last tile of a document comes first."""
     cu, want = borders(lengths), []
-    programs = _places(sum(lengths) + slack, len(lengths), 16)
+    programs = places(sum(lengths) + slack, len(lengths), 16)
     found = torch.zeros(programs, 4, dtype=torch.int32)
     name_tiles[(programs,)](cu, len(lengths), found, BLOCK=16)
     named = [tuple(row) for row in found.tolist()]
