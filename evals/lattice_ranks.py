@@ -83,7 +83,9 @@ def _last_words(log: Path) -> str:
 
 def main() -> None:
     """Train every recipe of the file, as one of its ranks."""
+    import torch
     import torch.distributed as dist
+    from torch._dynamo.utils import counters
 
     from ..launch.cli import _quiet_libraries
     from ..training.loop import train
@@ -95,6 +97,10 @@ def main() -> None:
         began = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             run_dir = train(recipe)
+        if recipe.model.compile:
+            assert counters["stats"]["unique_graphs"], "nothing was compiled"
+            counters.clear()
+            torch._dynamo.reset()  # else a later model's layers meet the limit of programs, or take this one's
         gc.collect()
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(json.dumps({"run_dir": str(run_dir), "seconds": time.perf_counter() - began}), flush=True)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -120,8 +121,9 @@ def _done(plugged: Plug, part: str, undo: Callable[[], None]) -> None:
 
 
 def _replace_forward(plugged: Plug, part: str, module: torch.nn.Module, forward: Callable) -> None:
-    """Shadows the class's forward on this one module."""
-    module.forward = forward
+    """Shadows the class's forward on this one module, with a method: torch.compile takes a layer's program for the next
+    one's where their methods are one function, and compiles anew for each `partial` that it meets."""
+    module.forward = MethodType(forward, module)
     _done(plugged, part, lambda: delattr(module, "forward"))
 
 
@@ -144,18 +146,19 @@ def _plug_rope(base: PreTrainedModel, plugged: Plug) -> None:
 
 
 def _plug_layers(base: PreTrainedModel, plugged: Plug) -> None:
-    normed, gated = (rms_norm, swiglu) if plugged.path == "triton" else (kept.norm, kept.swiglu)
+    norm, gated = (rms_norm, swiglu) if plugged.path == "triton" else (kept.norm, kept.swiglu)
+    normed, mixed = partial(norm_forward, norm), partial(mlp_forward, gated)
     for module in base.modules():
         name = type(module).__name__
         if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            _replace_forward(plugged, "rms_norm", module, partial(norm_forward, module, normed))
+            _replace_forward(plugged, "rms_norm", module, normed)
         if name.endswith("MLP") and isinstance(getattr(module, "act_fn", None), (torch.nn.SiLU, SiLUActivation)):
-            _replace_forward(plugged, "swiglu", module, partial(mlp_forward, module, gated))
+            _replace_forward(plugged, "swiglu", module, mixed)
 
 
 def _plug_loss(base: Any, plugged: Plug) -> None:
     if isinstance(getattr(base, "lm_head", None), torch.nn.Linear) and base.lm_head.bias is None:
-        _replace_forward(plugged, "loss", base, partial(causal_lm_forward, base))
+        _replace_forward(plugged, "loss", base, causal_lm_forward)
 
 
 def rotary(interleaved: bool, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest, **named):
@@ -167,7 +170,7 @@ def rotary(interleaved: bool, q: torch.Tensor, k: torch.Tensor, cos: torch.Tenso
     return out[0].transpose(1, 2), out[1].transpose(1, 2)
 
 
-def norm_forward(module: Any, norm: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
+def norm_forward(norm: Callable, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """transformers' RMSNorm.forward, by a kernel or by `kept`.
 
     Mixed dtypes keep the stock code, whose result is the wider one, and so does PyTorch's path where a compiler writes
@@ -180,7 +183,7 @@ def norm_forward(module: Any, norm: Callable, hidden_states: torch.Tensor) -> to
     return y
 
 
-def mlp_forward(module: Any, gated: Callable, x: torch.Tensor) -> torch.Tensor:
+def mlp_forward(gated: Callable, module: Any, x: torch.Tensor) -> torch.Tensor:
     """transformers' gated MLP, by a kernel or by `kept`; a compiler writes PyTorch's gradient itself."""
     if gated is kept.swiglu and torch.compiler.is_compiling():
         return type(module).forward(module, x)

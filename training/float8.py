@@ -8,7 +8,7 @@ CUTLASS compute on Hopper and newer; elsewhere a run is refused. (torch multipli
 Shape legend: T tokens, K inputs, N outputs.
 """
 
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def use_float8(layers: list[nn.Module]) -> int:
     count = 0
     for module in (inner for layer in layers for inner in layer.modules()):
         if type(module) is nn.Linear and module.in_features % MULTIPLE == module.out_features % MULTIPLE == 0:
-            module.forward = partial(_forward, module)  # pyright: ignore[reportAttributeAccessIssue]
+            module.forward = MethodType(_forward, module)
             count += 1
     return count
 

@@ -8,7 +8,7 @@ Shape legend: T tokens, I inputs, O outputs, R rank.
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -42,7 +42,7 @@ def add_adapters(model: PreTrainedModel, lora: recipes.Lora, seed: int, as_writt
     adapted = get_peft_model(model, config)
     for layer in adapted.modules():
         if type(layer) is Linear and not as_written:
-            layer.forward = partial(one_pass, layer)
+            layer.forward = MethodType(one_pass, layer)
     return adapted  # pyright: ignore[reportReturnType]
 
 

@@ -1,7 +1,9 @@
 """Models and tokenizers: from a directory, an asset, a hub name, an earlier run, or from scratch."""
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from .init import initialise
 from .litgpt import is_litgpt, load_litgpt
 
 SCRATCH = "scratch"
+PROGRAMS = 32
+"""That a compiled layer may become."""
 
 
 def locate(name: str) -> str:
@@ -194,7 +198,33 @@ def prepare(model: nn.Module, knobs: recipes.Model, device: torch.device) -> Non
             for module in layer.modules():
                 if type(module).__name__.endswith("MoE"):  # how many tokens an expert gets is known too late
                     module.forward = torch.compiler.disable(module.forward)
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.forward = _compiled(layer.forward)
+
+
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for any length. A program serves all layers of a kind; where each call wants one of its own, torch would
+    run the rest as written and say so in a warning at most, so that is a mistake here.
+
+    torch allows a function 8 programs. Training, a reference's pass without adapters, evaluation and kinds of layers
+    (dense, experts) multiply.
+    """
+    import torch._dynamo as dynamo  # takes a second, which plain runs are spared
+
+    dynamo.config.recompile_limit = PROGRAMS
+    dynamo.config.fail_on_recompile_limit_hit = True
+    fast = torch.compile(forward, dynamic=True)
+
+    @functools.wraps(fast)
+    def run(*args: Any, **named: Any) -> Any:
+        try:
+            return fast(*args, **named)
+        except dynamo.exc.FailOnRecompileLimitHit as error:
+            raise ValueError(
+                f"model.compile: this model's layers want more than {PROGRAMS} programs, and the rest would run as "
+                "written; set compile: false"
+            ) from error
+
+    return run
 
 
 def as_written(model: nn.Module) -> nn.Module:
