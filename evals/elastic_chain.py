@@ -51,6 +51,7 @@ def run_chain(inputs: Path, folder: Path, worlds: tuple[int, ...] = (2, 4, 1), s
     """Train one recipe undisturbed on one rank, and once more on `worlds` in turn with a kill between two of them."""
     tree = recipe_tree(Cell("sft", "elastic", 1, 2, True, "none", False), inputs, folder / "undisturbed")
     tree |= {"steps": steps, "resume": "auto", "checkpoints": {"every_steps": 1}}
+    folder.mkdir(parents=True)
     recipe = folder / "chain.yaml"
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     _live(recipe, folder / "undisturbed", 1, None)

@@ -6,16 +6,16 @@ the one-rank reference. In bf16, losses lie within its tolerance and checkpoints
 their number.
 """
 
-import importlib.metadata
+import itertools
 import json
 import platform
+import shutil
 import signal
 import statistics
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from .elastic_chain import run_chain
 from .lattice import Cell
 from .lattice_inputs import write_inputs
 from .lattice_ranks import Outcome, train_all
+from .lattice_work import keep, open_work, sources_hash, versions
 
 Cover = Literal["short", "standard", "full"]
 TOLERANCE = 1e-6
@@ -37,7 +38,6 @@ it."""
 NOWHERE = float("inf")
 """How far a cell without an outcome lies from its reference; null in the certificate."""
 CERTIFICATE = "invariance-certificate.json"
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 
 
 @dataclass(frozen=True)
@@ -71,51 +71,78 @@ class Compared:
         numbers = {key: None if value == NOWHERE else value for key, value in measured.items()}
         return {"name": self.cell.name, **asdict(self.cell), **numbers, "passed": self.passed}
 
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Compared":
+        """What `as_dict` said."""
+        measured = {each.name: tree[each.name] for each in fields(cls) if each.name != "cell"}
+        numbers: dict[str, Any] = {name: NOWHERE if value is None else value for name, value in measured.items()}
+        return cls(Cell(**{each.name: tree[each.name] for each in fields(Cell)}), **numbers)
+
 
 def verify_invariance(cover: Cover, out: Path, as_json: bool = False) -> bool:
-    """Run the lattice, write `out`/invariance-certificate.json and `out`/invariance.md, and print the table."""
+    """Run the lattice, write `out`/invariance-certificate.json and `out`/invariance.md, and print the table.
+
+    Interrupted and run again, it goes on: what is trained lies in `out`/work until the certificate is written. Raises
+    ValueError where other code left it there.
+    """
     from .invariance_page import print_table, write_page
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no rank stays behind
-    with tempfile.TemporaryDirectory(prefix="shipyard-invariance-") as scratch:
-        certificate = certify(cover, Path(scratch))
-    out.mkdir(parents=True, exist_ok=True)
+    certificate = certify(cover, out / "work")
     (out / CERTIFICATE).write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
     write_page(out / "invariance.md", certificate)
     if as_json:
         print(json.dumps(certificate, indent=1))
     else:
         print_table(certificate, out)
+    shutil.rmtree(out / "work")
     return certificate["passed"]
 
 
 def certify(cover: Cover, folder: Path) -> dict[str, Any]:
-    """Train what `cover` names under `folder` and return the certificate."""
+    """Train what `cover` names under `folder`, but for what an earlier call has, and return the certificate."""
+    earlier = open_work(folder, cover)
     inputs, worlds = folder / "inputs", lattice.WORLDS[:2] if cover == "short" else lattice.WORLDS
-    write_inputs(inputs)
+    if not inputs.exists():
+        write_inputs(folder / "new")
+        (folder / "new").rename(inputs)
     cells, refused = choose(cover, worlds, inputs)
-    compared: dict[Cell, Compared] = {}
-    costs: dict[int, dict[str, float]] = {}
-    references: dict[Cell, tuple[list[dict[str, float]], dict[str, Tensor]]] = {}
-    for world in worlds:
-        here = [cell for cell in cells if cell.world == world]
-        trees = [lattice.recipe_tree(cell, inputs, folder / "runs" / cell.name) for cell in here]
-        timed = [] if cover == "short" else _cost_runs(world, inputs, folder)
-        for number, outcome in enumerate(train_all([*trees, *timed], world, folder)):
-            if number >= len(here):
-                continue
-            cell = here[number]
-            wanted = lattice.reference(cell)
-            if cell == wanted and not outcome.error:
-                references[cell] = read_run(outcome.run_dir)
-            compared[cell] = compare(cell, outcome, references.get(wanted))
-            _say(f"{number + 1}/{len(here)} on {world}", compared[cell])
-        if timed:
-            costs[world] = _cost(timed)
+    compared = {item.cell: item for item in map(Compared.from_dict, (line for line in earlier if "name" in line))}
+    costs = {line["ranks"]: line["cost"] for line in earlier if "cost" in line}
+    for compiled, world in itertools.product((False, True), worlds):
+        here = [cell for cell in cells if (cell.compiled, cell.world) == (compiled, world)]
+        for item in _train([cell for cell in here if cell not in compared], folder):
+            compared[item.cell] = item
+            keep(folder, item.as_dict())
+            _say(f"{len(compared)}/{len(cells)}", item)
+        if cover != "short" and world not in costs:
+            costs[world] = _cost(world, inputs, folder)
+            keep(folder, {"ranks": world, "cost": costs[world]})
     elastic = {"hashes": _hashes(list(compared.values())), "cost": costs}
     if cover != "short":
-        elastic["chain"] = run_chain(inputs, folder).as_dict()
+        shutil.rmtree(folder / "chain", ignore_errors=True)
+        elastic["chain"] = run_chain(inputs, folder / "chain").as_dict()
     return _certificate(cover, list(compared.values()), refused, elastic)
+
+
+def _train(cells: Sequence[Cell], folder: Path) -> Iterator[Compared]:
+    """Train cells of one number of ranks and compare each with its reference. Only references keep their weights."""
+    if not cells:
+        return
+    runs = folder / "runs"
+    for cell in cells:
+        shutil.rmtree(runs / cell.name, ignore_errors=True)  # a kill may have left half of it
+    trees = [lattice.recipe_tree(cell, folder / "inputs", runs / cell.name) for cell in cells]
+    references: dict[Cell, tuple[list[dict[str, float]], dict[str, Tensor]]] = {}
+    for cell, outcome in zip(cells, train_all(trees, cells[0].world, folder), strict=True):
+        wanted = lattice.reference(cell)
+        if outcome.error:
+            shutil.rmtree(outcome.run_dir, ignore_errors=True)
+        if wanted not in references and (runs / wanted.name).exists():
+            references[wanted] = read_run(runs / wanted.name)
+        yield compare(cell, outcome, references.get(wanted))
+        if cell != wanted:
+            shutil.rmtree(outcome.run_dir, ignore_errors=True)
 
 
 def choose(cover: Cover, worlds: Sequence[int], inputs: Path) -> tuple[list[Cell], Counter[str]]:
@@ -184,20 +211,17 @@ def _hashes(compared: Sequence[Compared]) -> list[dict[str, Any]]:
     ]
 
 
-def _cost_runs(world: int, inputs: Path, folder: Path) -> list[dict[str, Any]]:
-    """The two engines whose seconds are compared, in turn, twice."""
+def _cost(world: int, inputs: Path, folder: Path) -> dict[str, float]:
+    """Seconds a step of DDP and elastic, in turn, twice: the median of a run's steps but the first two, the better of
+    two runs; and their ratio."""
+    shutil.rmtree(folder / "cost", ignore_errors=True)
     names = ("ddp-a", "elastic-a", "ddp-b", "elastic-b")
-    return [lattice.cost_tree(name[:-2], world, inputs, folder / "cost" / f"{name}-{world}") for name in names]
-
-
-def _cost(trees: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Seconds a step, the median of a run's steps but the first two, the better of two runs; and their ratio."""
+    trees = [lattice.cost_tree(name[:-2], world, inputs, folder / "cost" / f"{name}-{world}") for name in names]
     seconds: dict[str, float] = {}
-    for tree in trees:
-        log = Path(tree["run_dir"]) / "log.jsonl"
+    for name, outcome in zip(names, train_all(trees, world, folder), strict=True):
+        log = outcome.run_dir / "log.jsonl"
         steps = [json.loads(line)["seconds"] for line in log.read_text(encoding="utf-8").splitlines()]
-        engine = Path(tree["run_dir"]).name.partition("-")[0]
-        seconds[engine] = min(seconds.get(engine, float("inf")), statistics.median(steps[2:]))
+        seconds[name[:-2]] = min(seconds.get(name[:-2], float("inf")), statistics.median(steps[2:]))
     return {**seconds, "ratio": seconds["elastic"] / seconds["ddp"]}
 
 
@@ -216,7 +240,8 @@ def _certificate(
         "tolerance": TOLERANCE,
         "bf16_tolerance": BF16_TOLERANCE,
         "steps": lattice.STEPS,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
+        "sources": sources_hash(),
         "machine": f"{platform.machine()}, Python {platform.python_version()}, CPU ranks over gloo",
         "cells": [item.as_dict() for item in compared],
         "refused": [{"cells": count, "reason": reason} for reason, count in refused.most_common()],

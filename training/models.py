@@ -208,17 +208,17 @@ def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     torch allows a function 8 programs. Training, a reference's pass without adapters, evaluation and kinds of layers
     (dense, experts) multiply.
     """
-    import torch._dynamo as dynamo  # takes a second, which plain runs are spared
+    from torch._dynamo import config, exc  # takes a second, which plain runs are spared
 
-    dynamo.config.recompile_limit = PROGRAMS
-    dynamo.config.fail_on_recompile_limit_hit = True
+    config.recompile_limit = PROGRAMS
+    config.fail_on_recompile_limit_hit = True
     fast = torch.compile(forward, dynamic=True)
 
     @functools.wraps(fast)
     def run(*args: Any, **named: Any) -> Any:
         try:
             return fast(*args, **named)
-        except dynamo.exc.FailOnRecompileLimitHit as error:
+        except exc.FailOnRecompileLimitHit as error:
             raise ValueError(
                 f"model.compile: this model's layers want more than {PROGRAMS} programs, and the rest would run as "
                 "written; set compile: false"
