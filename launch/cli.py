@@ -211,7 +211,7 @@ def bench(
 def verify(
     path: Annotated[Path, typer.Argument(help="A run, checkpoint, model or export; or: kernels, crash, invariance.")],
     short: Annotated[bool, typer.Option("--short", help="crash: 20 kills; invariance: 2 ranks. Minutes.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="crash: 200 kills; invariance: every cell.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="crash: 200 kills; invariance: every cell. Goes on.")] = False,
     out: Annotated[Path | None, typer.Option(help="crash: page to write; invariance: directory.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -6,12 +6,13 @@ last window (6 rows), ranks with an empty micro-batch, and rows of very differen
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from shipyard.evals import lattice
+from shipyard.evals import invariance, lattice
 from shipyard.evals.lattice_inputs import write_inputs
 from shipyard.evals.lattice_ranks import train_all
 from shipyard.launch.cli import run_command
@@ -165,6 +166,37 @@ def test_ranks_that_die_cost_one_cell(tmp_path: Path) -> None:
     broken, whole = train_all(trees, 1, tmp_path)
     assert "broken.jsonl" in broken.error
     assert (whole.error, whole.run_dir.name) == ("", cells[1].name)
+
+
+def test_an_interrupted_lattice_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had measured stands, what a kill left of the next cell and of a line is done again."""
+    cells = [
+        lattice.Cell("sft", "ddp", 1, micro, packing, "none", False) for micro, packing in ((64, False), (3, True))
+    ]
+    monkeypatch.setattr(invariance, "choose", lambda *names: (cells, Counter()))
+    work, said = tmp_path / "work", []
+
+    def say(where: str, item: invariance.Compared) -> None:
+        said.append((where, item))
+        if len(said) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(invariance, "_say", say)
+    with pytest.raises(KeyboardInterrupt):
+        invariance.certify("short", work)
+    (work / "runs" / cells[1].name).mkdir(exist_ok=True)
+    (work / "runs" / cells[1].name / "log.jsonl").write_text("{")
+    with (work / "measured.jsonl").open("a") as file:
+        file.write('{"name": "hal')
+    certificate = invariance.certify("short", work)
+    assert certificate["passed"], certificate["failures"]
+    assert [(where, item.cell) for where, item in said] == list(zip(("1/2", "2/2"), cells, strict=True))
+    assert certificate["cells"] == [item.as_dict() for _, item in said]
+    assert [path.name for path in (work / "runs").iterdir()] == [cells[0].name]
+    about, *lines = (work / "measured.jsonl").read_text().splitlines()
+    (work / "measured.jsonl").write_text("\n".join([about.replace('"sources": "', '"sources": "0'), *lines]) + "\n")
+    with pytest.raises(ValueError, match=r"^verify: .*work holds an unfinished lattice of another version"):
+        invariance.certify("short", work)
 
 
 @pytest.mark.slow
