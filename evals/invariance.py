@@ -103,9 +103,9 @@ def certify(cover: Cover, folder: Path) -> dict[str, Any]:
     """Train what `cover` names under `folder`, but for what an earlier call has, and return the certificate."""
     earlier = open_work(folder, cover)
     inputs, worlds = folder / "inputs", lattice.WORLDS[:2] if cover == "short" else lattice.WORLDS
-    if not inputs.exists():
-        write_inputs(folder / "new")
-        (folder / "new").rename(inputs)
+    if not earlier:
+        shutil.rmtree(inputs, ignore_errors=True)
+        write_inputs(inputs)
     cells, refused = choose(cover, worlds, inputs)
     compared = {item.cell: item for item in map(Compared.from_dict, (line for line in earlier if "name" in line))}
     costs = {line["ranks"]: line["cost"] for line in earlier if "cost" in line}
