@@ -152,10 +152,11 @@ def choose(cover: Cover, worlds: Sequence[int], inputs: Path) -> tuple[list[Cell
     if cover == "short":
         wanted = lattice.pairwise(filter(lattice.is_short, allowed))
         wanted += [cell for cell in lattice.half_precision() if cell.engine in ("ddp", "fsdp2", "zero2", "zero3")]
+        wanted += lattice.found()
     elif cover == "standard":
         wanted = lattice.engines_by_ranks(worlds)
         wanted += lattice.pairwise((cell for cell in allowed if not cell.compiled), wanted)
-        wanted += [*lattice.half_precision(), *lattice.compiled()]
+        wanted += [*lattice.half_precision(), *lattice.compiled(), *lattice.found()]
     else:
         wanted = [*allowed, *lattice.half_precision()]
     references = [lattice.reference(cell) for cell in wanted]

@@ -90,6 +90,11 @@ def compiled() -> list[Cell]:
     return [Cell("sft", engine, world, 8, True, "none", True) for engine, world in wanted]
 
 
+def found() -> list[Cell]:
+    """Three values that once failed together only, which pairs of values need not meet."""
+    return [Cell("dpo", "zero3", 2, 3, True, "selective", False)]
+
+
 def is_short(cell: Cell) -> bool:
     """On two ranks, as written, with the extremes of what is left; a variant of an engine for the first method.
 

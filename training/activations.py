@@ -6,12 +6,12 @@ operation as in torchtitan). Compiled blocks do `selective` by themselves: the c
 what is cheap.
 """
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 aten = torch.ops.aten
@@ -36,10 +36,34 @@ def recompute(model: nn.Module, how: Literal["none", "selective", "full"], compi
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        options["context_fn"] = _first_and_again
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _first_and_again() -> tuple["_Products", "_Products"]:
+    """What is around a block's first pass, and around the one that computes it again."""
+    first, again = create_selective_checkpoint_contexts(list(KEPT))
+    return _Products(first), _Products(again)
+
+
+class _Products(TorchDispatchMode):
+    """torch's selective checkpointing, which sees `KEPT` only.
+
+    It finds what it keeps by counting calls of each operation, and the second pass may make no call more than the
+    first. An engine's hooks do: ZeRO-3 gathers weights in a block where they are not there, and they were there the
+    first time if a pass between (DPO's reference, whose layers are others) let go of them.
+    """
+
+    def __init__(self, of_torch: Any) -> None:
+        super().__init__()
+        self.of_torch = of_torch
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in KEPT:
+            return func(*args, **(kwargs or {}))
+        return self.of_torch.__torch_dispatch__(func, types, args, kwargs)

@@ -120,12 +120,6 @@ def _model(recipe: "Recipe") -> Iterator[Rule]:
         "model.compile: sampling (grpo) and ZeRO-3's gathering of weights cannot be compiled; set compile: false",
     )
     yield (
-        recipe.model.activation_checkpointing == "selective" and recipe.method == "dpo"
-        and recipe.parallel.engine == "zero3" and recipe.lora.rank > 0,
-        "model.activation_checkpointing: under zero3, a reference that is the model without its adapters changes what "
-        "is gathered when a block is computed again, which selective checkpointing does not survive; set full or none",
-    )  # fmt: skip
-    yield (
         recipe.model.float8 and (recipe.lora.rank > 0 or recipe.model.dtype != "bfloat16"),
         "model.float8: it takes the place of bf16 where whole weights train; set dtype: bfloat16 and lora.rank: 0, or "
         "float8: false",

@@ -171,6 +171,30 @@ def test_recomputing_changes_memory_and_nothing_else(family: str, shape) -> None
     assert full[1] < 0.75 * selective[1] < 0.75 * 0.85 * all_held, (full[1], selective[1], all_held)
 
 
+def test_what_hooks_do_in_a_block_is_no_part_of_it(shape) -> None:
+    """ZeRO-3 gathers weights in hooks: at times when a block is computed again, and not the first time."""
+
+    def gradients(also: Callable[[torch.Tensor], object]) -> list[torch.Tensor]:
+        seen: set[nn.Module] = set()
+
+        def hook(layer: nn.Module, *_) -> None:
+            for _ in range(99 if layer in seen else 0):
+                also(torch.ones(4, 4))
+            seen.add(layer)
+
+        model = load_model(scratch(shape("llama")), trains_all=True, seed=3)
+        prepare(model, scratch(shape("llama"), activation_checkpointing="selective"), CPU)
+        for block in blocks(model):
+            block.get_submodule("self_attn.q_proj").register_forward_pre_hook(hook)
+        losses.target_log_probs(model, collate(documents(), True)).sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for a, b in zip(gradients(lambda x: x.view(-1).add_(1)), gradients(lambda x: None), strict=True):
+        assert a.equal(b)
+    with pytest.raises(RuntimeError, match=r"aten\.mm"):
+        gradients(lambda x: x @ x)  # not the block of the first time
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_blocks_say_the_same(family: str, shape) -> None:

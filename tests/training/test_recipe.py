@@ -116,15 +116,6 @@ def test_knobs_are_the_listed_ones_and_few() -> None:
         (merged(epochs=1), ["steps", "exactly one"]),
         (merged(model={"name": "m", "quantize": "nf4"}), ["model.quantize", "lora.rank"]),
         (
-            merged(
-                method="dpo",
-                model={"name": "m", "activation_checkpointing": "selective"},
-                lora={"rank": 8},
-                parallel={"engine": "zero3"},
-            ),
-            ["model.activation_checkpointing", "zero3", "full or none"],
-        ),
-        (
             merged(model={"name": "m", "quantize": "nf4"}, lora={"rank": 8}, parallel={"engine": "zero3"}),
             ["parallel.engine", "zero3", "zero2"],
         ),
