@@ -43,30 +43,31 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Run a recipe; an interrupted run goes on by itself."""
+    from ..training.ending import RUN_DIR, heed, leave
+    from ..training.exit_code import EXIT_MISTAKE
     from ..training.recipe import load_recipe
 
-    resolved = load_recipe(recipe, overrides or ())
-    if dry_run:
-        from .preview import dry_run as preview
-
-        preview(resolved, as_json)
-        return
-    from ..training.ending import heed, leave
-    from ..training.exit_code import EXIT_MISTAKE
-
-    if ended := heed(Path(resolved.run_dir)):
-        code, said = ended
-        raise typer.Exit(mistake(f"{said} (this job ended so before, and is not computed again)", code))
-    from ..training.pages import keep_pages
-
-    keep_pages()
+    folder = os.environ.get(RUN_DIR)
     try:
+        resolved = load_recipe(recipe, overrides or ())
+        if dry_run:
+            from .preview import dry_run as preview
+
+            preview(resolved, as_json)
+            return
+        folder = resolved.run_dir
+        if ended := heed(Path(folder)):
+            code, said = ended
+            raise typer.Exit(mistake(f"{said} (this job ended so before, and is not computed again)", code))
+        from ..training.pages import keep_pages
+
+        keep_pages()
         from ..training.loop import train as run
 
         run_dir = run(resolved)
     except (ImportError, ValueError, OSError) as error:
-        if (line := line_of(error)) is not None:
-            leave(Path(resolved.run_dir), EXIT_MISTAKE, line)
+        if folder and (line := line_of(error)) is not None:
+            leave(Path(folder), EXIT_MISTAKE, line)
         raise
     if as_json and os.environ.get("RANK", "0") == "0":
         typer.echo(json.dumps({"run_dir": str(run_dir)}))

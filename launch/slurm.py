@@ -2,9 +2,8 @@
 
 import shlex
 import textwrap
-from pathlib import Path
 
-from ..training.ending import FILE, START
+from ..training.ending import FILE, RUN_DIR, START
 from ..training.exit_code import EXIT_PREEMPTED, FINAL
 from .job import ENVIRONMENT, GRACE_S, Job, accelerate
 
@@ -13,7 +12,6 @@ def slurm_script(job: Job) -> str:
     """A batch script for `sbatch` (https://slurm.schedmd.com/sbatch.html), whose nodes share this file system."""
     # Indented before the arguments are put in: they may hold line breaks, which must stay what they are.
     launch = textwrap.indent(accelerate("ARGUMENTS"), "    ").replace("ARGUMENTS", job.here())
-    ended = shlex.quote(str(Path(job.recipe.run_dir) / FILE))
     return f"""\
 #!/bin/bash
 #SBATCH --job-name={job.name}
@@ -33,6 +31,7 @@ set -uo pipefail
 cd {shlex.quote(str(job.folder))} || exit 2
 export PYTHON={shlex.quote(job.python)} NNODES=$SLURM_JOB_NUM_NODES GPUS={job.gpus}
 export {START}=slurm-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}} # once requeued, it is another start
+export {RUN_DIR}={shlex.quote(job.recipe.run_dir)}
 
 # shellcheck disable=SC2329 # srun starts it by its name
 ranks() {{ # on every node
@@ -54,9 +53,9 @@ stop() {{ # srun passes SIGTERM on to the launchers, and they to the ranks; a se
 trap stop TERM
 
 final() {{ # a bad step or a mistake, which come out the same again: srun says so, or the ranks have left word
-    local ended start
+    local ended start word="${RUN_DIR}/{FILE}"
     case $code in {" | ".join(map(str, sorted(FINAL)))}) return 0 ;; esac
-    [ -f {ended} ] && read -r ended start <{ended} && [ "$start" = "${START}" ] && code=$ended
+    [ -f "$word" ] && read -r ended start <"$word" && [ "$start" = "${START}" ] && code=$ended
 }}
 
 code=0

@@ -16,6 +16,8 @@ from .exit_code import FINAL
 START = "SHIPYARD_START"
 """The variable that names a start. Generated scripts set it to what their scheduler calls the job; ranks that torchrun
 has started again know it by their count."""
+RUN_DIR = "SHIPYARD_RUN_DIR"
+"""The variable with the run folder, where who starts ranks looks for the word itself: the recipe may not say one."""
 FILE = "ended"
 
 

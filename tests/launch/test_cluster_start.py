@@ -19,16 +19,20 @@ from shipyard.launch.job import ENVIRONMENT, Job
 from shipyard.training.recipe import load_recipe
 
 LAUNCHER = """#!/bin/bash
-# In place of Accelerate's launcher: notes its rank and port, ends as told; on SIGTERM it saves, and ends with 1.
+# In place of Accelerate's launcher: notes its rank and port, trains or ends as told; on SIGTERM it saves, ends with 1.
 if [ "$1" = -c ]; then echo /package; exit; fi
 if [ "$2" = shipyard.launch.node ]; then exec PYTHON "$@"; fi
 trap 'sleep 0.3; echo saved >>"$NOTES"; echo -n "${AT_TERM:-143}" >"$SHIPYARD_EXIT_CODES/1"; exit 1' TERM
 while [ "$1" != --machine_rank ]; do shift; done
 echo "rank $2 of ${NNODES:-1} at ${MASTER_ADDR:-}:${MASTER_PORT:-}" >>"$NOTES"
+if [ "$2" = "${TRAINS:-none}" ]; then
+    while [ "$1" != train ]; do shift; done
+    PYTHON -m shipyard.launch.cli "$@" || exit 1
+fi
 if [ -n "${TELLS:-}" ]; then echo -n "$TELLS" >"$SHIPYARD_EXIT_CODES/1"; fi
 if [ -n "${ENDS:-}" ]; then exit "$ENDS"; fi
 while :; do sleep 0.05; done
-""".replace("PYTHON", shlex.quote(sys.executable), 1)
+""".replace("PYTHON", shlex.quote(sys.executable))
 
 
 @pytest.fixture
@@ -87,6 +91,16 @@ def test_slurm_heeds_what_the_ranks_left_where_srun_hides_it(
     done = subprocess.run(["bash", script], env=environment | {"ENDS": "137"}, timeout=120)
     assert done.returncode == (3 if attempts == 1 else 137)
     assert notes.read_text().count("rank 0") == attempts
+
+
+def test_slurm_heeds_ranks_that_cannot_read_their_recipe(slurm_job) -> None:
+    """Which says where the run folder is, and where to leave word; the script knows it too."""
+    script, environment, notes = slurm_job
+    environment |= {"TRAINS": "0", "ENDS": "137"}
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert notes.read_text().count("rank 0") == 1
+    assert done.stderr.count("/home/me/recipes/llama.yaml is not a file") == 1
 
 
 def test_slurm_requeues_no_bad_step(slurm_job, tmp_path: Path) -> None:
