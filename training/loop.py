@@ -85,7 +85,7 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     whole = computes_whole(knobs.engine, knobs.tensor, knobs.context, recipe.model.compile)
     plug(model, kernels, whole, ranks.device)
     if recipe.lora.rank:
-        model = add_adapters(model, recipe.lora, recipe.seed, as_written=recipe.deterministic == "elastic")
+        model = add_adapters(model, recipe.lora, recipe.seed)
     prepare(model, recipe.model, ranks.device)
     needs_reference = recipe.method == "dpo" or (recipe.method == "grpo" and recipe.grpo.beta > 0)
     reference = Reference(model) if needs_reference else None

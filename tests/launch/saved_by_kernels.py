@@ -1,5 +1,6 @@
 """Run with TRITON_INTERPRET=1: what our kernels really save, launch and multiply, as JSON, for test_plan_kernels.py."""
 
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -35,6 +36,7 @@ def saved() -> dict[str, list[int]]:
         tracker.track_external(model)
         with tracker:
             loss = loss_of(model, what)
+            gc.collect()  # cycles of the interpreter's
             found[name] = [blocks, tracker.held()]
             del loss
     return found

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
-from shipyard.training import lora, loss
+from shipyard.training import lora, loss, low_rank
 from shipyard.training.activations import recompute
 from shipyard.training.recipe import Lora
 from transformers import AutoModelForCausalLM
@@ -49,12 +49,12 @@ def _gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Te
 def test_adapters_in_one_pass_are_peft_adapters(tiny_model: Path, monkeypatch) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     model = lora.add_adapters(base, Lora(rank=4, alpha=12), seed=0).double()
-    layers = [layer for layer in model.modules() if type(layer) is lora.Linear]
+    layers = [layer for layer in model.modules() if type(layer) is low_rank.Linear]
     for layer in layers:  # B starts at zero, which would hide A's gradient
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     passes = []
-    apply = lora._LowRank.apply
-    monkeypatch.setattr(lora._LowRank, "apply", lambda *arguments: passes.append(1) or apply(*arguments))
+    apply = low_rank.LowRank.apply
+    monkeypatch.setattr(low_rank.LowRank, "apply", lambda *arguments: passes.append(1) or apply(*arguments))
     logits, gradients = _gradients(model)
     assert len(passes) == len(layers) == 14
     with model.disable_adapter(), torch.no_grad():
@@ -64,7 +64,7 @@ def test_adapters_in_one_pass_are_peft_adapters(tiny_model: Path, monkeypatch) -
 
     stock = copy.deepcopy(model)
     for layer in stock.modules():
-        if type(layer) is lora.Linear:
+        if type(layer) is low_rank.Linear:
             del layer.forward
     wanted, wanted_gradients = _gradients(stock)
     assert len(passes) == 14
@@ -79,7 +79,7 @@ def test_checkpointed_blocks_keep_the_gradient(how: Literal["full", "selective"]
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     model = lora.add_adapters(base, Lora(rank=4), seed=0).double().train()
     for layer in model.modules():
-        if type(layer) is lora.Linear:
+        if type(layer) is low_rank.Linear:
             torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     logits, gradients = _gradients(model)
     recompute(model, how, compiled=False)
@@ -97,7 +97,7 @@ def test_a_copied_model_runs_on_its_own_adapters(tiny_model: Path) -> None:
     with torch.no_grad():
         before = twin(input_ids=ids).logits
         for layer in model.modules():
-            if type(layer) is lora.Linear:
+            if type(layer) is low_rank.Linear:
                 layer.lora_B["default"].weight.fill_(1.0)
         assert torch.equal(twin(input_ids=ids).logits, before)
         assert not torch.allclose(model(input_ids=ids).logits, before)
