@@ -10,6 +10,7 @@ Shape legend: T tokens, I inputs, O outputs, R rank.
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ def is_adapted(layer: nn.Module) -> bool:
 def one_pass(layer: Any, x: Tensor, *args: Any, **named: Any) -> Tensor:
     """The forward of a linear layer with one adapter, whose dtype is x's or fp32.
 
-    Weights that are scattered over ranks (ZeRO-3, tensor parallel) or trained, and float8, keep PEFT's code.
+    Weights that are cut for good (tensor parallel) or trained, and float8, keep PEFT's code.
     """
     adapters = layer.active_adapters
     if args or named or layer.merged or layer.disable_adapters or len(adapters) != 1:
@@ -39,8 +40,10 @@ def one_pass(layer: Any, x: Tensor, *args: Any, **named: Any) -> Tensor:
     base = layer.get_base_layer()
     down, up = (cast(Tensor, part[adapters[0]].weight) for part in (layer.lora_A, layer.lora_B))
     held = [each for each in (base.weight, base.bias, down, up) if each is not None]
-    if not _is_usual(base, x) or any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in held):
+    if not _is_usual(base, x) or any(isinstance(each, DTensor) for each in held):
         return type(layer).forward(layer, x)
+    if any(hasattr(each, "ds_id") for each in held):
+        return _gathered(layer, base, adapters[0], x)
     compiled = torch.compiler.is_compiling()
     watched = compiled or is_in_torch_dispatch_mode()
     again = Again.found(x) if down.dtype == x.dtype and not compiled else None
@@ -58,6 +61,23 @@ def _is_usual(base: Any, x: Tensor) -> bool:
         plain and "forward" not in vars(base) and dtype == x.dtype and not trained
         and not torch.is_autocast_enabled(x.device.type)
     )  # fmt: skip
+
+
+def _gathered(layer: Any, base: nn.Linear, name: str, x: Tensor) -> Tensor:
+    """The same under ZeRO-3, which gathers the weights of a module when that is called: so each is, and the frozen one
+    for this call adds to the term."""
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    term = up(down(x.to(down.weight.dtype))) * layer.scaling[name]
+    base.forward = MethodType(_onto, base)
+    try:
+        return base(x, term.to(x.dtype))
+    finally:
+        del base.forward
+
+
+def _onto(base: nn.Linear, x: Tensor, term: Tensor) -> Tensor:
+    y: Any = Onto.apply(term, x, base.weight)
+    return y if base.bias is None else y + base.bias
 
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,6 +123,22 @@ class LowRank(torch.autograd.Function):
             term_TI = (dlow_TR @ down_RI).to(dy.dtype)
             dx = torch.addmm(term_TI, dy_TO, dense(weight_OI, dy.dtype)).view(ctx.shape)
         return dx, None, None, ctx.outer(dlow_TR, *kept), dup_OR, None, None, None, *(None for _ in kept)
+
+
+class Onto(torch.autograd.Function):
+    """term (..., O), x (..., I), W (O, I), frozen -> term + x W^T. Keeps W alone, as the parameter that it is: in
+    between ZeRO-3 puts other memory behind it."""
+
+    @staticmethod
+    def forward(ctx, term: Tensor, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_OI)
+        y_TO = torch.addmm(term.reshape(-1, term.shape[-1]), x.reshape(-1, x.shape[-1]), weight_OI.T)
+        return y_TO.view(term.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (weight_OI,) = ctx.saved_tensors
+        return dy, dy @ weight_OI if ctx.needs_input_grad[1] else None, None
 
 
 def _outer(left_TR: Tensor, x_TI: Tensor) -> Tensor:
