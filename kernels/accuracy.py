@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .arithmetic import multiply
+from .arithmetic import multiply, multiply_short
 
 RMS_BAR, MAX_BAR = 1.0, 2.0
 FEW = 100  # elements, below which a ratio of errors is a draw of lots
+SLICE, GEMV = 32, 8  # terms of the longest chain
 ROWS_AT_ONCE = 64  # of a product: its accumulators stay in the cache
 
 
@@ -36,12 +37,26 @@ class Ratio:
 
 
 class CardProducts(TorchDispatchMode):
-    """Inside it, products of fp32, fp16 and bf16 matrices on the CPU add up as in `arithmetic.multiply`."""
+    """Inside it, products of fp32, fp16 and bf16 matrices on the CPU add up as in `arithmetic.multiply`.
+
+    With `careful` those of fp32 add up as well as a library for a card may do: in chains no longer than SLICE, as where
+    the warps of a block share a product's depth, or GEMV where a factor is a vector and lanes share it, added in pairs;
+    and other sums are rounded once.
+    """
 
     KINDS = (torch.float32, torch.float16, torch.bfloat16)
 
+    def __init__(self, careful: bool = False):
+        super().__init__()
+        self.careful = careful
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
+        if self.careful and args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float32:
+            if name in ("aten.mm.default", "aten.bmm.default"):
+                return _careful_product(*args)
+            if name in CAREFUL_SUMS:
+                return CAREFUL_SUMS[name](*args, **(kwargs or {}))
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype in self.KINDS and not args[0].is_cuda:
             if name in ("aten.mm.default", "aten.bmm.default"):
                 return _product(*args)
@@ -49,6 +64,32 @@ class CardProducts(TorchDispatchMode):
                 return _product(*args[1:], bias=args[0])
             assert not name.startswith(("aten.addmm", "aten.baddbmm", "aten.mv.", "aten.dot.")), f"{name}: not modelled"
         return func(*args, **(kwargs or {}))
+
+
+def _careful_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(M,K) x (K,N), or a batch of them, in fp32."""
+    left, right = (x.detach().numpy() for x in (a, b))
+    chain = GEMV if 1 in (a.shape[-2], b.shape[-1]) else SLICE
+    return torch.from_numpy(multiply_short(left, right, chain))
+
+
+def _careful_softmax(x: torch.Tensor, dim: int, half: bool) -> torch.Tensor:
+    power = torch.exp(x - x.amax(dim, keepdim=True))
+    return power / power.double().sum(dim, keepdim=True).float()
+
+
+def _careful_slope(grad: torch.Tensor, y: torch.Tensor, dim: int, kind: torch.dtype) -> torch.Tensor:
+    """The softmax's backward pass."""
+    part = grad * y
+    return part - y * part.double().sum(dim, keepdim=True).float()
+
+
+CAREFUL_SUMS: dict[str, Callable[..., torch.Tensor]] = {
+    "aten._softmax.default": _careful_softmax,
+    "aten._softmax_backward_data.default": _careful_slope,
+    "aten.mean.dim": lambda x, *rest, **options: x.double().mean(*rest, **options).float(),
+    "aten.sum.dim_IntList": lambda x, *rest, **options: x.double().sum(*rest, **options).float(),
+}
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,6 +111,7 @@ def run_all_ways(
     inputs: Sequence[torch.Tensor],
     extras: Sequence[Any] = (),
     backward: bool = True,
+    careful: bool = False,
 ) -> list[list[torch.Tensor]]:
     """Outputs and input gradients of `mine`, and of `reference` in the inputs' dtype and in fp64."""
     results = []
@@ -77,7 +119,7 @@ def run_all_ways(
     seeds: list[torch.Tensor] = []
     for function, wide in ((mine, False), (reference, False), (reference, True)):
         leaves = [x.detach().to(torch.float64 if wide else x.dtype).requires_grad_() for x in inputs]
-        with CardProducts():
+        with CardProducts(careful):
             outs = function(*leaves, *extras)
             outs = outs if isinstance(outs, tuple) else (outs,)
             seeds = seeds or [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outs]

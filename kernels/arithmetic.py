@@ -44,3 +44,24 @@ def multiply(a: np.ndarray, b: np.ndarray, acc: np.ndarray, half: bool) -> np.nd
             rounded[...] = total
             total[...] = rounded
     return total.astype(np.float32)
+
+
+def multiply_short(a: np.ndarray, b: np.ndarray, chain: int) -> np.ndarray:
+    """a @ b in fp32 from chains of at most `chain` fused multiply-adds, which are added in pairs."""
+    zeros = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+    slices = [slice(k, k + chain) for k in range(0, a.shape[-1], chain)]
+    parts = [multiply(a[..., at], b[..., at, :], zeros, False) for at in slices]
+    while len(parts) > 1:
+        odd = parts[len(parts) // 2 * 2 :]
+        parts = [x + y for x, y in zip(parts[::2], parts[1::2], strict=False)] + odd
+    return parts[0] if parts else zeros
+
+
+def add_halves(values: np.ndarray, axis: int) -> np.ndarray:
+    """Sum over an axis, which stays with length one: halves are added to halves, as the lanes of a warp do. What
+    a thread holds itself it adds first, one by one: eight terms or so, hardly less exact."""
+    values = np.moveaxis(values, axis, 0)
+    while len(values) > 1:
+        half = len(values) // 2
+        values = values[:half] + values[half:]
+    return np.moveaxis(values, 0, axis)

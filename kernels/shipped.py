@@ -83,7 +83,7 @@ def other_configurations(arch: str) -> list[Configuration]:
     make = lambda name, kernel, constants, types, warps=4, stages=default: Configuration(
         name, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names}, types, warps, stages
     )
-    return [*_attention_rest(make), *_decode(make), *_elementwise(make, arch), *_linear_cross_entropy(make, arch)]
+    return [*_attention_rest(make), *_decode(make, arch), *_elementwise(make, arch), *_linear_cross_entropy(make, arch)]
 
 
 def _attention_rest(make) -> Iterator[Configuration]:
@@ -94,13 +94,14 @@ def _attention_rest(make) -> Iterator[Configuration]:
                {"out": "*bf16", "cu": "*i32"})  # fmt: skip
 
 
-def _decode(make) -> Iterator[Configuration]:
-    page = dict(HEADS=32, WIDTH=128, SPLIT=decode.SPLIT_KEYS) | exponent(torch.bfloat16, 128**-0.5)
-    types = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | {"page_table": "*i32", "lengths": "*i32"}
-    types |= dict.fromkeys(("parts", "tops", "totals"), "*fp32")
-    split = dict(GROUP=4, GROUP_TILE=16, GROUPS=8, SLOTS=16, BN=decode.TILE_KEYS)
-    yield make("decode", decode.decode_kernel, page | split, types, 4, 2)
-    yield make("decode join", decode.join_kernel, page | dict(TILE=decode.join_heads(128)), types, 1)
+def _decode(make, arch: str) -> Iterator[Configuration]:
+    for dtype, state, end in ((torch.bfloat16, "*fp32", ""), (torch.float32, "*fp64", " float32")):
+        page = dict(HEADS=32, WIDTH=128, SPLIT=decode.SPLIT_KEYS) | decode.decode_exponent(dtype, 128**-0.5)
+        types = dict.fromkeys(("q", "k", "v", "out"), KINDS[dtype]) | {"page_table": "*i32", "lengths": "*i32"}
+        types |= dict.fromkeys(("parts", "tops", "totals"), state)
+        split = dict(GROUP=4, GROUPS=8, SLOTS=16) | decode.decode_tile(arch, dtype, 4, 128)
+        yield make("decode" + end, decode.decode_kernel, page | split, types, 4, 2)
+        yield make("decode join" + end, decode.join_kernel, page | dict(TILE=decode.join_heads(128)), types, 1)
 
 
 def _elementwise(make, arch: str) -> Iterator[Configuration]:
