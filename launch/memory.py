@@ -5,8 +5,8 @@ measured is the margin for fragmentation.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,66 +55,118 @@ def memory_of(work: Any, footprint: Any = None, rollout_bytes: int = 0) -> Memor
     from .footprint import measure
     from .state import state_of
 
+    footprint = footprint or measure(work.one_pass())
+    if work.pipeline > 1:
+        ranks = [moments_of(work, footprint, rank) for rank in range(work.pipeline)]
+        return max((memory for moments in ranks for _, memory in moments), key=lambda memory: memory.total)
     state = state_of(work)
-    activations = activations_of(work, footprint or measure(work.one_pass())) + rollout_bytes
+    activations = activations_of(work, footprint) + rollout_bytes
     buffers = state.buffers
     if state.step_scratch > activations + buffers:
         activations, buffers = 0, state.step_scratch
-    held = state.weights + state.gradients + state.optimizer + activations + buffers
-    margin = round(FRAGMENTATION * held)
-    return Memory(state.weights, state.gradients, state.optimizer, activations, buffers, margin, state.host)
+    return _with_margin(state, state.gradients, activations, buffers)
+
+
+def _with_margin(state: Any, gradients: int, activations: int, buffers: int, reserved: int = 0) -> Memory:
+    """Add up; `reserved` is what the allocator keeps for streams that do not need it now."""
+    held = state.weights + gradients + state.optimizer + activations + buffers
+    margin = round(FRAGMENTATION * held) + reserved
+    return Memory(state.weights, gradients, state.optimizer, activations, buffers, margin, state.host)
 
 
 def activations_of(work: Any, footprint: Any) -> int:
-    """Bytes of activations at the worst moment of the fullest rank.
+    """Bytes of activations at the worst moment, without a pipeline.
 
-    A pipeline's first stage holds those of as many micro-batches as there are stages after it, with interleaved pieces
-    some more (Narayanan et al. 2021, section 2.2), but of no more than a step has. Ranks that share the residual stream
-    gather it for two products at a time, and DTensor's loss over a cut vocabulary makes one fp32 copy of the logits
-    more than the fused one.
+    Ranks that share the residual stream gather it for two products at a time, and DTensor's loss over a cut vocabulary
+    makes one fp32 copy of the logits more than the fused one.
     """
+    loss = footprint.peak_with(footprint.layers)
     if not work.sequence_parallel:
-        return round(_held(work, footprint))
-    config = json.loads(work.config)
-    tokens = work.micro * work.tokens // work.context
-    gathered = 2 * 2 * tokens * config["hidden_size"]
-    unfused = 0 if work.loss != "whole" or work.pipeline > 1 else 4 * tokens * config["vocab_size"] // work.tensor
-    return round(_held(work, footprint) / work.tensor) + gathered + unfused
+        return round(max(loss, footprint.block_peak_with(footprint.layers) + _unpacked(work)))
+    return round(loss / work.tensor) + _gathered(work) + _unfused(work)
 
 
-def _held(work: Any, footprint: Any) -> float:
-    if work.pipeline == 1:
-        return max(footprint.peak_with(footprint.layers), footprint.block_peak_with(footprint.layers) + _unpacked(work))
-    stage = footprint.layers / work.pipeline
-    first = footprint.block_peak_with(stage * in_flight(work)) + kept_edges(work) * _edge(work)
-    return max(first, footprint.peak_with(stage) + (work.rounds - 1) * _logits(work))
+def moments_of(work: Any, footprint: Any, rank: int) -> Iterator[tuple[Any, Memory]]:
+    """What one rank of a pipeline of fully sharded pieces holds at each moment of a step that may be its worst, and the
+    action that the moment is part of.
+
+    Backward passes do not scatter their gradients, which add up whole in fp32 till the piece's last one
+    (FSDPModule.set_requires_gradient_sync), and weights stay whole as long (reshard_after_forward is off). FSDP gathers
+    and scatters on streams of their own, and what a stream has had the allocator keeps for it: two blocks as they
+    arrived, and the cut gradients of the step before. Those are reserved, and in the margin.
+    """
+    from .pipeline import pieces_of, split, stage_parameters, walk
+    from .state import WIDTH, cut, state_of
+
+    assert work.engine == "fsdp2", work.engine
+    pieces = [stage_parameters(work, piece) for piece in pieces_of(work, rank)]
+    alone, width = replace(work, rounds=1), WIDTH[work.dtype]
+    state = state_of(alone, [parameter for piece in pieces for parameter in piece])
+    whole = [sum(cut(parameter, work).numbers for parameter in piece) for piece in pieces]
+    parts = [state_of(alone, piece).gradients for piece in pieces]
+    blocks = [split(work)[piece] for piece in pieces_of(work, rank)]
+    block = sum(cut(parameter, work).numbers for parameter in pieces[0] if parameter.block) // blocks[0]
+
+    def memory(at: Any, activations: float, unfused: int = 0, more: int = 0) -> Memory:
+        """`more`: gradients that are whole and not in `at` yet."""
+        kept = at.edges * _edge(work) + at.logits * _logits(work)
+        share = work.tensor if work.sequence_parallel else 1
+        return _with_margin(
+            state,
+            4 * (_where(at.summed, whole) + more) + _where(at.reduced, parts),
+            round((activations + kept) / share) + _gathered(work),
+            width * (_where(at.gathered, whole) + (0 if unfused else block)) + unfused,
+            sum(parts) - _where(at.reduced, parts) + 2 * width * block,
+        )
+
+    for action, before, after in walk(work, rank):
+        if action.kind == "forward" and after.logits > before.logits:  # the loss has its own
+            yield (
+                action,
+                memory(replace(after, logits=before.logits), footprint.peak_with(after.blocks), _unfused(work)),
+            )
+        elif action.kind == "backward":
+            yield action, memory(before, footprint.block_peak_with(before.blocks))
+            others = blocks[action.piece] - 1  # done when the last one begins
+            made = 0 if before.summed == after.summed else others * block
+            yield action, memory(before, footprint.block_peak_with(before.blocks - others), more=made)
 
 
-def in_flight(work: Any) -> float:
-    """Micro-batches whose activations a pipeline's first rank holds at once."""
-    warm = work.pipeline
-    if work.chunks > 1:
-        warm *= 1 + (work.pipeline - 1) / (work.pipeline * work.chunks)
-    return min(work.rounds, warm)
+def _where(held: Sequence[bool], sizes: Sequence[int]) -> int:
+    return sum(size for size, is_held in zip(sizes, held, strict=True) if is_held)
 
 
-def kept_edges(work: Any) -> float:
-    """Tensors between stages that torch.distributed.pipelining (stage.py) keeps on a pipeline's first rank beside what
-    autograd saves: each piece's outputs until their backward pass, and what gradients and inputs are received into, a
-    buffer for every micro-batch of a step. Inputs in flight are the first block's, and counted there."""
-    outputs = work.chunks * in_flight(work)
-    inputs = (work.chunks - 1) * (work.rounds - in_flight(work))
-    return outputs + work.chunks * work.rounds + inputs
+def _gathered(work: Any) -> int:
+    """Bytes of the residual stream, gathered for two products, where ranks share it."""
+    return 2 * 2 * _tokens(work) * json.loads(work.config)["hidden_size"] if work.sequence_parallel else 0
+
+
+def _unfused(work: Any) -> int:
+    """Bytes of the logits' fp32 copy that a loss over a cut vocabulary makes."""
+    if work.loss != "whole" or not work.sequence_parallel:
+        return 0
+    return 4 * _tokens(work) * json.loads(work.config)["vocab_size"] // work.tensor
+
+
+def _tokens(work: Any) -> int:
+    """Of one micro-batch, on one rank."""
+    return work.micro * work.tokens // work.context
 
 
 def _edge(work: Any) -> int:
     """Bytes of the residual stream of one micro-batch."""
-    return 2 * work.micro * work.tokens // work.context * json.loads(work.config)["hidden_size"]
+    return _width(work) * _tokens(work) * json.loads(work.config)["hidden_size"]
 
 
 def _logits(work: Any) -> int:
     """Bytes of one micro-batch's logits, which the last stage keeps until the step ends, to return them."""
-    return 2 * work.micro * work.tokens // work.context * json.loads(work.config)["vocab_size"]
+    return _width(work) * _tokens(work) * json.loads(work.config)["vocab_size"]
+
+
+def _width(work: Any) -> int:
+    from .state import WIDTH
+
+    return WIDTH[work.dtype]
 
 
 def _unpacked(work: Any) -> int:

@@ -6,6 +6,7 @@ with what the engines really allocate. Offloaded state is counted as the host's.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,7 +31,7 @@ class Parameter:
     shape: tuple[int, ...]
     trained: bool
     block: bool
-    """Part of a transformer block: cut by tensor and pipeline parallel ranks."""
+    """Part of a transformer block: cut by tensor-parallel ranks, and of one pipeline stage."""
     linear: bool
 
     @property
@@ -72,12 +73,11 @@ def parameters(config: str, lora_rank: int = 0, lora_targets: str = "all-linear"
     )
 
 
-def state_of(work: Workload) -> State:
-    """Return what the fullest rank holds under the workload's engine."""
-    whole = parameters(work.config, work.lora_rank, work.lora_targets)
-    if work.pipeline > 1:  # the first stage has the embedding, the last one the head
-        whole = tuple(parameter for parameter in whole if "embed" not in parameter.name)
-    counted = [_cut(parameter, work) for parameter in whole]
+def state_of(work: Workload, stage: Sequence[Parameter] | None = None) -> State:
+    """Return what the fullest rank holds under the workload's engine, of the model's parameters, or of a pipeline
+    stage's (buffers are a whole model's; launch/memory.py has a stage's)."""
+    whole = parameters(work.config, work.lora_rank, work.lora_targets) if stage is None else stage
+    counted = [cut(parameter, work) for parameter in whole]
     held = {"ddp": _ddp, "fsdp2": _fsdp2, "zero1": _zero12, "zero2": _zero12, "zero3": _zero3}[work.engine]
     state = held(counted, work)
     if work.reference:
@@ -90,13 +90,11 @@ def _rest(state: State) -> tuple[int, int, int, int, int]:
     return state.gradients, state.optimizer, state.buffers, state.host, state.step_scratch
 
 
-def _cut(parameter: Parameter, work: Workload) -> Parameter:
-    """A parameter as tensor and pipeline parallel ranks hold it: matrices by columns, blocks by stages (as a share)."""
+def cut(parameter: Parameter, work: Workload) -> Parameter:
+    """A parameter as tensor-parallel ranks hold it: matrices by columns."""
     rows, *columns = parameter.shape
     if work.tensor > 1 and columns and (parameter.block or work.sequence_parallel):
         rows = -(-rows // work.tensor)
-    if work.pipeline > 1 and parameter.block:
-        rows = -(-rows // work.pipeline)
     return Parameter(parameter.name, (rows, *columns), parameter.trained, parameter.block, parameter.linear)
 
 
@@ -138,7 +136,7 @@ def _fsdp2(counted: list[Parameter], work: Workload) -> State:
     gradients = 4 * (numbers if work.rounds == 1 else sum(p.numbers for p in trained))
     moments = sum(local(p) * _moment_bytes(p, work) for p in trained)
     block, root = _block_numbers(counted, work), sum(p.numbers for p in counted if not p.block)
-    in_flight = 2 if work.pipeline == 1 else work.layers() / work.pipeline  # stages keep theirs whole between passes
+    in_flight = 2  # the one that computes and the one that is gathered meanwhile
     largest = max((p.numbers for p in counted if not p.block), default=0)
     reducing = width + (
         4 if work.rounds == 1 else 0
@@ -150,7 +148,7 @@ def _fsdp2(counted: list[Parameter], work: Workload) -> State:
 
 
 def _block_numbers(counted: list[Parameter], work: Workload) -> int:
-    return round(sum(p.numbers for p in counted if p.block) * work.pipeline / work.layers())
+    return round(sum(p.numbers for p in counted if p.block) / work.layers())
 
 
 def _groups(counted: list[Parameter]) -> list[list[Parameter]]:

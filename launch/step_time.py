@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from .cards import Card, Cluster
 from .footprint import Footprint, measure
 from .op_costs import Op
+from .pipeline import most_blocks, stages_of
 from .state import WIDTH, Parameter, parameters, state_of
 from .workload import Workload
 
@@ -79,7 +80,7 @@ def step_time(
     """Return the time of one optimizer step on the cluster."""
     footprint = footprint or measure(work.one_pass())
     share = work.tensor if work.sequence_parallel else 1
-    layers = footprint.layers / work.pipeline
+    layers = most_blocks(work)  # a pipeline goes at the pace of its longest stage
     block_s = ops_time(footprint.block_ops, work, cluster.card, constants, in_block=True) / share
     rest_s = ops_time(footprint.rest_ops, work, cluster.card, constants, in_block=False) / share
     launched = _launches(footprint, work) * constants.launch_s
@@ -138,9 +139,7 @@ def _launches(footprint: Footprint, work: Workload) -> float:
     def count(ops: Iterable[Op], fused: bool) -> int:
         return sum(1 if fused else op.launches for op in ops)
 
-    return footprint.layers / work.pipeline * count(footprint.block_ops, work.compile) + count(
-        footprint.rest_ops, False
-    )
+    return most_blocks(work) * count(footprint.block_ops, work.compile) + count(footprint.rest_ops, False)
 
 
 def _flops(ops: Iterable[Op]) -> float:
@@ -152,7 +151,8 @@ def _local_numbers(work: Workload) -> float:
     if work.offload:
         return 0.0
     alone = replace(work, engine="ddp", rounds=1, reference=False)
-    return state_of(alone).gradients / 4 / (work.shards if work.engine != "ddp" else 1)
+    numbers = max(state_of(alone, stage).gradients for stage in stages_of(work)) / 4
+    return numbers / (work.shards if work.engine != "ddp" else 1)
 
 
 def ring_s(sent: float, ranks: int, spread: int, cluster: Cluster, constants: Constants, traffic: _Traffic) -> float:

@@ -1,11 +1,13 @@
 """The memory table: exact counts, and sizes that move the right way."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from shipyard.launch.footprint import measure
-from shipyard.launch.memory import activations_of, in_flight, kept_edges, memory_of, read_shape
+from shipyard.launch.memory import activations_of, memory_of, moments_of, read_shape
+from shipyard.launch.pipeline import walk
 from shipyard.launch.plan import dry_memory
 from shipyard.launch.state import NF4_BYTES, parameters, state_of
 from shipyard.launch.workload import Workload
@@ -63,20 +65,26 @@ def test_checkpointing_moves_activations_only() -> None:
 
 
 def test_a_pipeline_keeps_what_passes_between_its_stages() -> None:
-    """The first rank, with 8 stages: gradients arrive in a buffer for each micro-batch, outputs wait for theirs."""
-    plain = _work(pipeline=8, rounds=8, ranks=64)
-    assert (in_flight(plain), kept_edges(plain)) == (8, 8 + 8)
-    few = _work(pipeline=8, chunks=2, rounds=8, ranks=64)
-    assert (in_flight(few), kept_edges(few)) == (8, 16 + 16)  # no more than a step has, whatever the schedule's warm-up
-    many = _work(pipeline=8, chunks=2, rounds=32, ranks=64)
-    assert (in_flight(many), kept_edges(many)) == (11.5, 23 + 2 * 32 + (32 - 11.5))
-    small = json.dumps(read_shape("llama3-8b") | {"vocab_size": 1024})
-    full = _work(config=small, pipeline=8, rounds=8, ranks=64, checkpointing="full")
-    footprint, edge = measure(full.one_pass()), 2 * 2048 * 4096
-    assert activations_of(full, footprint) == round(footprint.block_peak_with(8 * 32 / 8) + 16 * edge)
-    whole = _work(pipeline=2, rounds=32, ranks=64, checkpointing="full")  # the last stage returns every logit
-    footprint = measure(whole.one_pass())
-    assert activations_of(whole, footprint) == round(footprint.peak_with(16) + 31 * 2 * 2048 * 128256)
+    """With 8 stages: gradients arrive in a buffer for each micro-batch, so do inputs, outputs wait for their turn; and
+    the last stage returns every micro-batch's logits."""
+
+    def most(work: Workload, rank: int = 0) -> tuple[int, int]:
+        moments = [after for _, _, after in walk(work, rank)]
+        return max(moment.blocks for moment in moments), max(moment.edges for moment in moments)
+
+    plain = _work(pipeline=8, rounds=8, ranks=64, engine="fsdp2", checkpointing="full")
+    assert most(plain) == (8 * 4, 8 + 8)
+    assert most(plain, 3) == (5 * 4, 5 + 8 + (8 - 5))
+    assert most(plain, 7) == (4, 8)
+    few = replace(plain, chunks=2)
+    assert most(few) == (8 * 4, 16 + 16)  # no more than a step has, whatever the schedule's warm-up
+    many = replace(plain, chunks=2, rounds=32)
+    assert most(many) == (23 * 2, 16 + 2 * 32 + 32)  # the second piece has an output where it has no input waiting
+    footprint, edge, logits = measure(plain.one_pass()), 2 * 2048 * 4096, 2 * 2048 * 128256
+    memories = [memory for action, memory in moments_of(plain, footprint, 0) if action.kind == "backward"]
+    assert memories[0].activations == footprint.block_peak_with(8 * 4) + 16 * edge
+    losses = [memory for action, memory in moments_of(plain, footprint, 7) if action.kind == "forward"]
+    assert losses[5].activations == footprint.peak_with(4) + 5 * logits + 7 * edge
 
 
 def test_a_4_bit_weight_is_whole_while_it_multiplies() -> None:

@@ -119,7 +119,7 @@ def test_tensor_parallel_cuts_memory_for_messages() -> None:
         make_plan(_work(tensor=3, ranks=6), replace(cluster, gpus=6))
 
 
-ROWS = {"8b-compiled": 1, "70b": 6, "405b": 8, "h200": 12, "megatron": 13, "qlora": 15, "ours": 16}
+ROWS = {"8b-compiled": 1, "70b": 6, "405b": 8, "405b-plain": 9, "h200": 12, "megatron": 13, "qlora": 15, "ours": 16}
 
 
 @pytest.mark.parametrize("number", ROWS.values(), ids=ROWS)
