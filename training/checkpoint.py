@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,7 +34,7 @@ from .engine import Engine
 from .manifest import Manifest, commit, disk_is_full, publish, read_manifest, verify
 from .ranks import Ranks
 from .recipe import Checkpoints
-from .shard import INDEX, StoredFragments, key_of, write_shard
+from .shard import INDEX, ShardImage, StoredFragments, key_of
 
 STEP_DIRECTORY = re.compile(r"step-(\d{6,})")
 METHOD = "method.safetensors"
@@ -61,12 +60,13 @@ class Saver:
         self.ranks, self.run_dir, self.knobs, self.timeout_s = ranks, run_dir, knobs, timeout_s
         self.held_s = 0.0
         """Seconds for which training stood still for the last save, in `save` and `settle`; `took_s`: how long that
-        save took in all."""
-        self.took_s = 0.0
+        save took in all; `writer_cpu_s`: what its thread used of a processor."""
+        self.took_s = self.writer_cpu_s = 0.0
         self._thread: threading.Thread | None = None
-        self._copied: futures.Future[dict[str, Tensor]] | None = None
+        self._copied: futures.Future[ShardImage] | None = None
         self._failure, self._passes = "", False
-        self._copies: dict[str, Tensor] = {}
+        self._image: ShardImage | None = None
+        self._hurry = threading.Event()
         # One name for all ranks that no earlier process used: leftovers of a killed save are not taken for this one's.
         self._attempt = int(ranks.sum({"attempt": float(time.time_ns() >> 10) if ranks.first else 0.0})["attempt"])
         if ranks.first:
@@ -91,21 +91,17 @@ class Saver:
         began = time.perf_counter()
         note = _Note(f"rank-{self.ranks.rank:05d}.safetensors")
         held: dict[str, Tensor] = {}
-        copies: dict[str, Tensor] = {}
         for fragment in engine.fragments():
             note.shapes[fragment.name] = list(fragment.shape)
             for part, tensor in fragment.tensors.items():
                 key = key_of(fragment.name, part, fragment.start)
-                if fragment.live:
-                    held[key] = tensor
-                else:
-                    copies[key] = self._copy(key, tensor)
+                held[key] = self._taken_off(key, tensor) if tensor.is_cuda and not fragment.live else tensor
                 spans = note.ranges.setdefault(fragment.name, {}).setdefault(part, [])
                 spans.append((note.file, fragment.start, len(tensor)))
-        copy = partial(self._copy_all, held, copies, _updated(self.ranks.device))
+        copy = partial(self._copy, held, _updated(self.ranks.device))
         whole = {**about, "step": step, "updates": engine.updates}
         extra = {key: tensor.detach().cpu().clone() for key, tensor in extra.items()}
-        self._copied = futures.Future()
+        self._copied, self._hurry = futures.Future(), threading.Event()
         self._thread = threading.Thread(
             target=self._write, args=(step, copy, self._copied, note, extra, whole, began), daemon=True
         )
@@ -121,6 +117,7 @@ class Saver:
         """
         if self._copied is not None:
             began = time.perf_counter()
+            self._hurry.set()
             futures.wait([self._copied])
             self._copied = None
             self.held_s += time.perf_counter() - began
@@ -141,31 +138,35 @@ class Saver:
             kind = OSError if all_ranks["passes"] else ValueError
             raise kind(failure or "checkpoints: another rank could not write its part; see its message")
 
-    def _copy(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy on the host, in memory that the next save will use again. A GPU's has been begun only."""
-        if key not in self._copies or len(self._copies[key]) != len(tensor):
-            self._copies[key] = torch.empty(len(tensor), dtype=torch.float32, pin_memory=tensor.is_cuda)
-        copy = self._copies[key]
-        if tensor.is_cuda or tensor.dtype != copy.dtype:
-            return copy.copy_(tensor, non_blocking=True)
-        np.copyto(copy.numpy(), tensor.numpy())  # one core; torch would start as many threads as train
-        return copy
+    def _taken_off(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy on the host of what the GPU has no room to keep: in the last save's image, which will be this one's,
+        and begun only; the first time anywhere."""
+        place = self._image.tensors.get(key) if self._image else None
+        if place is None or len(place) != len(tensor):
+            return tensor.to("cpu", torch.float32)
+        return place.copy_(tensor, non_blocking=True)
 
-    def _copy_all(
-        self, held: Mapping[str, Tensor], copies: dict[str, Tensor], updated: torch.cuda.Event | None
-    ) -> dict[str, Tensor]:
-        """`copies`, with one of all that is `held`; on a GPU after `updated`, in a stream beside training's."""
+    def _copy(self, held: dict[str, Tensor], updated: torch.cuda.Event | None) -> ShardImage:
+        """All that is `held`, in memory that the next save will use again; on a GPU taken after `updated`, in a stream
+        beside training's."""
+        lengths = {key: len(tensor) for key, tensor in held.items()}
+        if self._image is None or self._image.lengths != lengths:
+            self._image = None  # makes room for the next
+            self._image = ShardImage(lengths, pinned=updated is not None)
         if updated is None:
-            return copies | {key: self._copy(key, tensor) for key, tensor in held.items()}
-        beside = torch.cuda.Stream(self.ranks.device)
-        with torch.cuda.stream(beside):
-            beside.wait_event(updated)
-            copies |= {key: self._copy(key, tensor) for key, tensor in held.items()}
-        beside.synchronize()
-        return copies
+            self._image.fill(held, self._hurry)
+        else:
+            self._hurry.set()  # nothing is there to be hashed yet
+            beside = torch.cuda.Stream(self.ranks.device)
+            with torch.cuda.stream(beside):
+                beside.wait_event(updated)
+                self._image.fill(held, self._hurry)
+            beside.synchronize()
+        held.clear()  # what was made for the asking goes now, not when all is written
+        return self._image
 
     def _write(
-        self, step: int, copy: Callable[[], dict[str, Tensor]], copied: futures.Future[dict[str, Tensor]], note: _Note,
+        self, step: int, copy: Callable[[], ShardImage], copied: futures.Future[ShardImage], note: _Note,
         extra: dict[str, Tensor], about: Any, began: float,
     ) -> None:  # fmt: skip
         try:
@@ -177,7 +178,7 @@ class Saver:
         try:
             scratch.mkdir(parents=True, exist_ok=True)
             _reserve(scratch, self.ranks.rank)
-            note.entry = write_shard(scratch / note.file, copied.result())
+            note.entry = copied.result().write(scratch / note.file)
             _leave(scratch, self.ranks.rank, vars(note))
             if self.ranks.first:
                 save_file(extra, scratch / METHOD)
@@ -191,7 +192,7 @@ class Saver:
                 _leave(scratch, self.ranks.rank, {"failure": self._failure})
             if self.ranks.first:
                 shutil.rmtree(scratch, ignore_errors=True)
-        self.took_s = time.perf_counter() - began
+        self.took_s, self.writer_cpu_s = time.perf_counter() - began, time.thread_time()
 
     def _commit(self, scratch: Path, path: Path, about: Mapping[str, Any]) -> None:
         """Wait for every rank's note, write the index, commit, and drop checkpoints that need not be kept."""

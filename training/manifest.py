@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from .syndrome import Syndrome, flipped_bit
+from .syndrome import PIECE_BYTES, Syndrome, flipped_bit
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 22
@@ -61,7 +61,7 @@ class Damage:
 
 
 class FileHash:
-    """XXH3-128 of a file's bytes, XXH3-64 of each of its blocks, and its syndrome, in one pass."""
+    """XXH3-128 of a file's bytes, XXH3-64 of each of its blocks, and its syndrome, in one pass over memory."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -72,16 +72,15 @@ class FileHash:
     def update(self, data: bytes | memoryview) -> None:
         """Add bytes."""
         view = memoryview(data)
-        self._whole.update(view)
-        self._syndrome.update(view)
         while len(view):
-            room = BLOCK_BYTES - self.bytes % BLOCK_BYTES
-            self._block.update(view[:room])
-            self.bytes += len(view[:room])
+            piece = view[: PIECE_BYTES - self.bytes % PIECE_BYTES]
+            for digest in (self._whole, self._block, self._syndrome):
+                digest.update(piece)
+            self.bytes += len(piece)
             if self.bytes % BLOCK_BYTES == 0:
                 self._blocks.append(self._block.hexdigest())
                 self._block.reset()
-            view = view[room:]
+            view = view[len(piece) :]
 
     def entry(self) -> dict[str, Any]:
         """What the manifest says of the file."""

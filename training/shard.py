@@ -5,42 +5,101 @@ a checkpoint is the largest thing that a run writes, so this writer streams. Any
 """
 
 import json
-import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .direct import PAGE_BYTES, DirectFile, aligned
 from .manifest import Damage, FileHash, fsync_path
+from .syndrome import PIECE_BYTES
 
 INDEX = "index.json"
-WRITE_BYTES = 1 << 24
+COPIED = PIECE_BYTES // 4
+"""Numbers to copy at a time, of 4 bytes."""
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write 1-D fp32 CPU tensors to a new file and sync it; return its entry for the manifest."""
-    header: dict[str, Any] = {}
-    at = 0
-    for key, tensor in tensors.items():
-        assert (tensor.dtype, tensor.ndim, tensor.is_contiguous()) == (torch.float32, 1, True)
-        header[key] = {"dtype": "F32", "shape": [len(tensor)], "data_offsets": [at, at + 4 * len(tensor)]}
-        at += 4 * len(tensor)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    assert all((t.dtype, t.ndim, t.is_contiguous()) == (torch.float32, 1, True) for t in tensors.values())
+    header = memoryview(_header({key: len(tensor) for key, tensor in tensors.items()}))
     digest = FileHash()
-    with path.open("wb") as file:
-        for data in (len(text).to_bytes(8, "little"), text, *(_bytes(tensor) for tensor in tensors.values())):
-            for start in range(0, len(data), WRITE_BYTES):
-                piece = data[start : start + WRITE_BYTES]
-                file.write(piece)
+    with DirectFile(path) as file:
+        for data in (header, *(_bytes(tensor) for tensor in tensors.values())):
+            for start in range(0, len(data), PIECE_BYTES):
+                piece = data[start : start + PIECE_BYTES]
                 digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
+                file.write(piece)
     fsync_path(path.parent)
     return digest.entry()
+
+
+class ShardImage:
+    """A shard in memory as it will be in its file, for tensors of these lengths: it is written from where it lies.
+
+    Where it is `pinned`, a GPU writes into it beside other work.
+    """
+
+    def __init__(self, lengths: Mapping[str, int], pinned: bool = False) -> None:
+        self.lengths = dict(lengths)
+        header = _header(lengths)
+        count = len(header) + 4 * sum(lengths.values())
+        self._memory = aligned(torch.empty(count + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned).numpy())
+        self._memory[: len(header)] = header
+        self._header_bytes, self._digest = len(header), FileHash()
+        self.tensors: dict[str, Tensor] = {}
+        """Views of the file's tensors, 1-D, fp32; to be filled."""
+        at = len(header)
+        for key, length in lengths.items():
+            self.tensors[key] = torch.from_numpy(np.frombuffer(self._memory[at : at + 4 * length], np.float32))
+            at += 4 * length
+
+    def fill(self, tensors: Mapping[str, Tensor], hurry: threading.Event) -> None:
+        """Copy all tensors, but those that are its own, and hash what was copied while a cache holds it.
+
+        Once one is in a `hurry` hashing is left to `write`. So it has to be where a GPU copies: that is begun only, in
+        the current stream.
+        """
+        self._digest, end = FileHash(), self._header_bytes
+        for key, place in self.tensors.items():
+            tensor = tensors[key]
+            if tensor.is_cuda or tensor.dtype != place.dtype:
+                place.copy_(tensor, non_blocking=True)
+            elif tensor.data_ptr() != place.data_ptr():
+                to, of = place.numpy(), tensor.numpy()
+                for start in range(0, len(to), COPIED):  # on one core; torch would start as many threads as train
+                    copied = slice(start, min(start + COPIED, len(to)))
+                    to[copied] = of[copied]
+                    if not hurry.is_set():
+                        self._hash_until(end + 4 * copied.stop)
+            end += 4 * len(place)
+
+    def _hash_until(self, end: int) -> None:
+        self._digest.update(self._memory[self._digest.bytes : end - end % PIECE_BYTES])
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """Write it to a new file and sync that; return its entry for the manifest."""
+        self._digest.update(self._memory[self._digest.bytes :])
+        with DirectFile(path) as file:
+            file.write(self._memory)
+        fsync_path(path.parent)
+        return self._digest.entry()
+
+
+def _header(lengths: Mapping[str, int]) -> bytes:
+    header: dict[str, Any] = {}
+    at = 0
+    for key, length in lengths.items():
+        header[key] = {"dtype": "F32", "shape": [length], "data_offsets": [at, at + 4 * length]}
+        at += 4 * length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _bytes(tensor: Tensor) -> memoryview:

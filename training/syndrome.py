@@ -10,53 +10,60 @@ from typing import Any
 import numpy as np
 
 CHUNK_BYTES = 1 << 22
+PIECE_BYTES = 1 << 18
+"""What a core's cache holds: more is slower to go over twice."""
 _WORDS = CHUNK_BYTES // 8
-_COLUMNS = 2048
+_COLUMNS = 512
+_PIECES, _ROWS = CHUNK_BYTES // PIECE_BYTES, PIECE_BYTES // 8 // _COLUMNS
 
 
 class Syndrome:
-    """Taken over a file's bytes in order."""
+    """Taken over a file's bytes in order.
+
+    A chunk's words lie in rows, so a word's number is its row's and its column's. Rows and columns are XORed over all
+    chunks, and their numbers found once, at the end.
+    """
 
     def __init__(self) -> None:
-        self._chunk = bytearray(CHUNK_BYTES)
-        self._filled = self._chunks = 0
-        self._bits = self._word = self._number = 0
-        """XORs over all set bits of: one bit per place in a word, the word's number in its chunk, the chunk's."""
+        self._piece = bytearray(PIECE_BYTES)
+        self._filled = self._pieces = self._number = 0
+        self._columns, self._rows = np.zeros(_COLUMNS, np.uint64), np.zeros((_PIECES, _ROWS), np.uint64)
 
     def update(self, data: memoryview) -> None:
         """Add bytes."""
         while len(data):
-            if self._filled == 0 and len(data) >= CHUNK_BYTES:
-                words: Any = np.frombuffer(data[:CHUNK_BYTES], dtype=np.uint64)
+            if self._filled == 0 and len(data) >= PIECE_BYTES:
+                words: Any = np.frombuffer(data[:PIECE_BYTES], dtype=np.uint64)
                 if words.flags.aligned:  # else numpy is slower than one more copy
                     self._fold(words)
-                    data = data[CHUNK_BYTES:]
+                    data = data[PIECE_BYTES:]
                     continue
-            piece = data[: CHUNK_BYTES - self._filled]
-            self._chunk[self._filled : self._filled + len(piece)] = piece
-            self._filled += len(piece)
-            data = data[len(piece) :]
-            if self._filled == CHUNK_BYTES:
-                self._fold(np.frombuffer(self._chunk, dtype=np.uint64))
+            part = data[: PIECE_BYTES - self._filled]
+            self._piece[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == PIECE_BYTES:
+                self._fold(np.frombuffer(self._piece, dtype=np.uint64))
 
     def text(self) -> str:
-        """The numbers, for the manifest."""
+        """The numbers, for the manifest: XORs over all set bits of one bit per place in a word, the word's number in
+        its chunk, the chunk's number."""
         if self._filled:
-            length = max(8, 1 << (self._filled - 1).bit_length())  # folding halves it again and again
-            self._chunk[self._filled : length] = bytes(length - self._filled)
-            self._fold(np.frombuffer(self._chunk, dtype=np.uint64, count=length // 8))
-        return f"{self._bits:x}-{self._word:x}-{self._number:x}"
+            self._piece[self._filled :] = bytes(PIECE_BYTES - self._filled)
+            self._fold(np.frombuffer(self._piece, dtype=np.uint64))
+        bits, column = _places(self._columns)
+        _, row = _places(self._rows.reshape(-1))
+        return f"{bits:x}-{row * _COLUMNS + column:x}-{self._number:x}"
 
     def _fold(self, words: Any) -> None:
-        """Add a chunk. Its words lie in rows, so a word's number is its row's and its column's."""
-        grid = words.reshape(-1, min(len(words), _COLUMNS))
-        bits, column = _places(np.bitwise_xor.reduce(grid, axis=0))
-        _, row = _places(np.bitwise_xor.reduce(grid, axis=1))
-        self._bits ^= bits
-        self._word ^= row * grid.shape[1] + column
-        if bits.bit_count() % 2:
-            self._number ^= self._chunks
-        self._chunks += 1
+        chunk, place = divmod(self._pieces, _PIECES)
+        grid = words.reshape(_ROWS, _COLUMNS)
+        rows = np.bitwise_xor.reduce(grid, axis=1)
+        self._columns ^= np.bitwise_xor.reduce(grid, axis=0)
+        self._rows[place] ^= rows
+        if int(np.bitwise_xor.reduce(rows)).bit_count() % 2:
+            self._number ^= chunk
+        self._pieces += 1
         self._filled = 0
 
 

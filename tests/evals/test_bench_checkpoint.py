@@ -18,6 +18,6 @@ def test_a_page_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shipyar
 
 
 def test_the_bar_is_a_share_of_the_saves_own_time() -> None:
-    saves = [Save(held_s, 10.0, 5, extra_s, 1.0) for held_s, extra_s in ((0.1, 0.2), (0.3, 0.7), (0.6, 0.9))]
+    saves = [Save(held_s, 10.0, 5, extra_s, 1.0, 0.5) for held_s, extra_s in ((0.1, 0.2), (0.3, 0.7), (0.6, 0.9))]
     assert "3.0% of a save's own time (the bar is 5%: met)" in verdict(saves)
     assert "all it lost was 7.0% (missed)" in verdict(saves)

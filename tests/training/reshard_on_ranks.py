@@ -15,8 +15,8 @@ from shipyard.training.loop import assemble, identity, restore
 from shipyard.training.manifest import read_manifest
 from shipyard.training.ranks import start
 from shipyard.training.recipe import load_recipe
+from shipyard.training.shard import ShardImage
 from shipyard.training.step import run_step
-from torch import Tensor
 
 
 class LateSaver(Saver):
@@ -35,9 +35,9 @@ class LateSaver(Saver):
         super().finish()
         self.awaited.clear()
 
-    def _copy_all(self, *args) -> dict[str, Tensor]:
+    def _copy(self, *args) -> ShardImage:
         self.awaited.wait()
-        return super()._copy_all(*args)
+        return super()._copy(*args)
 
 
 def main(recipe_file: str, hops: list[tuple[str, str, str]]) -> None:

@@ -21,7 +21,7 @@ from shipyard.training.engine import Fragment
 from shipyard.training.manifest import BLOCK_BYTES, commit, verify
 from shipyard.training.ranks import Ranks
 from shipyard.training.recipe import Checkpoints
-from shipyard.training.shard import StoredFragments, key_of, write_shard
+from shipyard.training.shard import ShardImage, StoredFragments, key_of, write_shard
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PARTS = ("value", "exp_avg", "exp_avg_sq")
@@ -174,14 +174,14 @@ def test_a_copy_that_fails_is_a_save_that_failed(straight, tmp_path: Path, monke
     from shipyard.training.loop import train
     from shipyard.training.recipe import load_recipe
 
-    copy = Saver._copy_all
+    copy = Saver._copy
 
-    def third_fails(saver: Saver, *args) -> dict[str, torch.Tensor]:
+    def third_fails(saver: Saver, *args) -> ShardImage:
         if 2 in committed(saver.run_dir):
             raise RuntimeError("no memory for a copy")
         return copy(saver, *args)
 
-    monkeypatch.setattr(Saver, "_copy_all", third_fails)
+    monkeypatch.setattr(Saver, "_copy", third_fails)
     with pytest.raises(ValueError, match="no memory for a copy"):
         train(load_recipe(straight[0], [f"run_dir={tmp_path}"]))
     assert sorted(committed(tmp_path)) == [1, 2]
@@ -197,7 +197,7 @@ def test_a_storage_that_fails_for_a_moment_is_no_mistake(number: int, kind: type
     def fails(*args: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(checkpoint, "write_shard", fails)
+    monkeypatch.setattr(ShardImage, "write", fails)
     engine: Any = SimpleNamespace(updates=1, fragments=lambda: [Fragment("w", (3,), 0, {"value": torch.ones(3)})])
     saver = Saver(Ranks(0, 1, torch.device("cpu")), tmp_path, Checkpoints(), 10.0)
     saver.save(engine, 1, {}, {})

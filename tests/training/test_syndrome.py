@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +32,12 @@ def test_one_flip_is_named_and_two_are_not(data: bytes, where: int, chunks: int)
     assert flipped_bit(syndrome(damaged), syndrome(data, (len(data) // 3,))) == (byte, bit)
     damaged[(byte + 1) % len(data)] ^= 1 << (bit + 3) % 8
     assert flipped_bit(syndrome(damaged), syndrome(data)) is None
+
+
+def test_manifests_written_before_hold_the_same_numbers() -> None:
+    data = (np.arange(1_500_000, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).tobytes() + b"odd"
+    for cuts in ((), (3, 300_000, 5_000_000)):
+        assert syndrome(data, cuts) == "8761acc0423b732f-7d12f-2"
 
 
 @pytest.fixture(scope="module")
