@@ -64,6 +64,18 @@ def load_rows(base, rows, limit, stride, WIDTH: tl.constexpr, FIRST: tl.constexp
 
 
 @jit
+def load_keys(base, box, head, first, rows, limit, stride, WIDTH: tl.constexpr, COUNT: tl.constexpr, EDGE: tl.constexpr,
+              BOXES: tl.constexpr):  # fmt: skip
+    """`load_rows` from column 0. With BOXES Hopper's copy engine brings the tile, from row `first` of `head`, and no
+    thread makes an address; a tile at an edge it leaves to `load_rows`: another document's rows would come along.
+    """
+    if BOXES and not EDGE:
+        return tl.reshape(box.load([head, first, 0]), [COUNT, WIDTH])
+    else:
+        return load_rows(base, rows, limit, stride, WIDTH, 0, EDGE)
+
+
+@jit
 def store_rows(base, rows, limit, stride, tile, WIDTH: tl.constexpr, FIRST: tl.constexpr):
     at = rows[:, None] * stride + (FIRST + tl.arange(0, WIDTH))[None, :]
     tl.store(base + at, tile.to(base.dtype.element_ty), mask=(rows < limit)[:, None])
@@ -166,24 +178,26 @@ def query_bounds(n0, query_length, offset, window, BM: tl.constexpr, BN: tl.cons
 
 @jit
 def forward_tiles(
-    acc1, acc2, top, total, q1, q2, k, v, k_t: tl.constexpr, v_t: tl.constexpr, m0, low, high, key_length, offset,
-    window, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    acc1, acc2, top, total, q1, q2, k, v, k_box, v_box, kv_head, k_start, k_t: tl.constexpr, v_t: tl.constexpr, m0, low,
+    high, key_length, offset, window, BOXES: tl.constexpr, SUMS: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
+    EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr,
+    E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Runs key tiles [low, high) through the online softmax; `total` is the denominator, `top` the row maximum, times C
-    where not EXACT.
+    where not EXACT. The document begins at row `k_start` of k_box and v_box.
 
-    MASKED hides scores, EDGE also guards loads where a tile may pass the last key.
+    MASKED hides scores, EDGE also guards loads where a tile may pass the last key. With SUMS, `total` is that many sums
+    a row, as many as four threads hold of it side by side: only after the last tile does one need another's numbers.
     """
     last = (m0 + tl.arange(0, BM) + offset)[:, None]
     columns = tl.arange(0, BN)
     c = tl.full([1], C, COMPUTE)
+    first = tl.cast(k_start, tl.int32)
     k_tile = k + tl.cast(low, tl.int64) * k_t
     v_tile = v + tl.cast(low, tl.int64) * v_t
     for n in range(low, high, BN):
-        k1 = load_rows(k_tile, columns, key_length - n, k_t, D1, 0, EDGE)
+        k1 = load_keys(k_tile, k_box, kv_head, first + n, columns, key_length - n, k_t, D1, BN, EDGE, BOXES)
         s = tl.dot(q1, tl.trans(k1), tl.zeros([BM, BN], COMPUTE), input_precision=PRECISION, out_dtype=COMPUTE)
         if D2 > 0:
             k2 = load_rows(k_tile, columns, key_length - n, k_t, D2, D1, EDGE)
@@ -204,10 +218,11 @@ def forward_tiles(
         else:  # a tile that moves no maximum fades by one to the last bit: a fused top * C - shift would not
             p = tl.exp2(tl.fma(s, c[None, :], -shift[:, None]))
             fade = tl.exp2(top - shift)
-        total = tl.fma(total, fade, tl.sum(p, 1))
+        parts = p if SUMS == 1 else tl.reshape(p, [BM, BN // SUMS, SUMS])
+        total = tl.fma(total, fade if SUMS == 1 else fade[:, None], tl.sum(parts, 1))
         top = top_new
         p = p.to(v.dtype.element_ty)
-        v1 = load_rows(v_tile, columns, key_length - n, v_t, E1, 0, EDGE)
+        v1 = load_keys(v_tile, v_box, kv_head, first + n, columns, key_length - n, v_t, E1, BN, EDGE, BOXES)
         acc1 = add_product(acc1 * fade[:, None], p, v1, EXACT, PRECISION, COMPUTE)
         if E2 > 0:
             v2 = load_rows(v_tile, columns, key_length - n, v_t, E2, E1, EDGE)
@@ -219,11 +234,12 @@ def forward_tiles(
 
 @jit
 def attention_kernel(
-    q, k, v, sinks, out, rest, lse, inverse_total, cu_q, cu_k, documents, q_t, q_h, k_t: tl.constexpr, k_h,
-    v_t: tl.constexpr, v_h, o_t, o_h, lse_h, window, group, REST: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr,
-    C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr,
-    E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    q, k, v, k_box, v_box, sinks, out, rest, lse, inverse_total, cu_q, cu_k, documents, q_t, q_h, k_t: tl.constexpr,
+    k_h, v_t: tl.constexpr, v_h, o_t, o_h, lse_h, window, group, BOXES: tl.constexpr, SUMS: tl.constexpr,
+    REST: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr,
+    EXACT: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program makes BM rows of one head of one document."""
     head = tl.program_id(1)
@@ -233,8 +249,9 @@ def attention_kernel(
     offset = k_length - q_length
     rows = m0 + tl.arange(0, BM)
     q += q_start * q_t + head.to(tl.int64) * q_h
-    k += k_start * k_t + (head // group).to(tl.int64) * k_h
-    v += k_start * v_t + (head // group).to(tl.int64) * v_h
+    kv_head = head // group
+    k += k_start * k_t + kv_head.to(tl.int64) * k_h
+    v += k_start * v_t + kv_head.to(tl.int64) * v_h
     q1 = load_rows(q, rows, q_length, q_t, D1, 0, True)
     q2 = q1
     if D2 > 0:
@@ -244,33 +261,34 @@ def attention_kernel(
     if E2 > 0:
         acc2 = tl.zeros([BM, E2], COMPUTE)
     top = tl.full([BM], float("-inf"), COMPUTE)
-    total = tl.zeros([BM], COMPUTE)
+    total = tl.zeros([BM] if SUMS == 1 else [BM, SUMS], COMPUTE)
     if SINKS:  # a key that everyone sees and that carries no value
         top = tl.zeros([BM], COMPUTE) + tl.load(sinks + head).to(COMPUTE) * 1.4426950408889634
         if EXACT:
             top = top / C
-        total += 1.0
+        total += 1.0 / SUMS
     low, plain, plain_end, edge, high = key_bounds(m0, k_length, offset, window, BM, BN, CAUSAL, WINDOW)
     if m0 >= q_length:
         low, plain, plain_end, edge, high = 0, 0, 0, 0, 0
     if WINDOW:
         acc1, acc2, top, total = forward_tiles(
-            acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, low, tl.minimum(plain, high), k_length, offset, window,
-            C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION,
-            COMPUTE)  # fmt: skip
+            acc1, acc2, top, total, q1, q2, k, v, k_box, v_box, kv_head, k_start, k_t, v_t, m0, low,
+            tl.minimum(plain, high), k_length, offset, window, BOXES, SUMS, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2,
+            BM, BN, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     acc1, acc2, top, total = forward_tiles(
-        acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, plain, plain_end, k_length, offset, window,
-        C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, False, False, CAUSAL, WINDOW, SOFTCAP, PRECISION,
-        COMPUTE)  # fmt: skip
+        acc1, acc2, top, total, q1, q2, k, v, k_box, v_box, kv_head, k_start, k_t, v_t, m0, plain, plain_end,
+        k_length, offset, window, BOXES, SUMS, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, False, False,
+        CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     if CAUSAL:
         acc1, acc2, top, total = forward_tiles(
-            acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, plain_end, edge, k_length, offset, window,
-            C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, False, CAUSAL, WINDOW, SOFTCAP, PRECISION,
-            COMPUTE)  # fmt: skip
+            acc1, acc2, top, total, q1, q2, k, v, k_box, v_box, kv_head, k_start, k_t, v_t, m0, plain_end, edge,
+            k_length, offset, window, BOXES, SUMS, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, False,
+            CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     acc1, acc2, top, total = forward_tiles(
-        acc1, acc2, top, total, q1, q2, k, v, k_t, v_t, m0, edge, high, k_length, offset, window,
-        C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION,
-        COMPUTE)  # fmt: skip
+        acc1, acc2, top, total, q1, q2, k, v, k_box, v_box, kv_head, k_start, k_t, v_t, m0, edge, high,
+        k_length, offset, window, BOXES, SUMS, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN, True, True,
+        CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+    total = total if SUMS == 1 else tl.sum(total, 1)
     seen = total > 0.0
     inverse = tl.where(seen, 1.0 / total, 0.0)
     out += q_start * o_t + head.to(tl.int64) * o_h

@@ -13,7 +13,7 @@ Needs TRITON_INTERPRET=1 in the environment before triton is first imported.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter as stock
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import bf16_decode, bf16_encode, multiply, tf32_round
 
@@ -281,13 +282,15 @@ PATCHED: set[str] = set()  # names of the language's modules that this launch ha
 NUMPY_TYPES: dict[str, np.dtype] = {}
 
 
-def _load(self, pointers, mask, other, *hints):
+def _load(self, pointers, mask, other, *hints, **named_hints):
+    hints = (*hints, *named_hints.values())  # a descriptor's load names them, each Triton has its own
     if ACTIVE is None:
         return _stock_load(self, pointers, mask, other, *hints)
-    if not ACTIVE.access(pointers, mask.data, None):
+    live = np.asarray(mask.data)  # a descriptor's mask is a bare array
+    if not ACTIVE.access(pointers, live, None):
         raise IndexError(ACTIVE.faults[-1])
     out = _stock_load(self, pointers, mask, other, *hints)
-    ACTIVE.loaded(out.data, mask.data)
+    ACTIVE.loaded(out.data, live)
     return out
 
 
@@ -308,9 +311,12 @@ def _init_args(self, args_dev, kwargs):
     if ACTIVE is None:
         return _stock_init(self, args_dev, kwargs)
     named = [*zip(self.arg_names, args_dev, strict=False), *kwargs.items()]
+    named = [(name, arg.base if isinstance(arg, TensorDescriptor) else arg) for name, arg in named]
     shadows = ACTIVE.adopt([(name, arg) for name, arg in named if isinstance(arg, torch.Tensor)])
 
     def guarded(arg):
+        if isinstance(arg, TensorDescriptor):
+            return replace(arg, base=guarded(arg.base))
         if not isinstance(arg, torch.Tensor):
             return arg
         shadow = shadows[arg.untyped_storage().data_ptr()]

@@ -69,6 +69,22 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def fits_box(tensor: torch.Tensor) -> bool:
+    """Whether Hopper's copy engine can read a tensor in place: dense rows, everything else by multiples of 16 bytes."""
+    steps = (*tensor.stride()[:-1], tensor.storage_offset())
+    even = all(step * tensor.element_size() % 16 == 0 for step in steps)
+    return even and tensor.stride(-1) == 1 and min(tensor.stride()) > 0
+
+
+def box_of(x_SGD: torch.Tensor, rows: int) -> Any:
+    """What a kernel needs to have that engine bring `rows` rows of one head at a time, from [head, first row, 0]."""
+    if not HAS_TRITON:  # the planner counts launches without it
+        return x_SGD
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x_SGD.transpose(0, 1), [1, rows, x_SGD.shape[2]])
+
+
 def next_power_of_2(count: int) -> int:
     """Smallest power of two that is not below `count`."""
     return 1 << max(count - 1, 0).bit_length()

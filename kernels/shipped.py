@@ -57,10 +57,14 @@ def attention_configuration(
         C=width**-0.5 * attention.LOG2_E, C_LOW=0.0, EXACT=exact,
         INNER=width**-0.5 / cap if cap else 0.0, CAP=cap, SCALE=width**-0.5, k_t=HEADS * width, v_t=HEADS * value_width,
     )  # fmt: skip
+    boxes = part == "forward" and attention.key_boxes(arch, width, value_width, dtype)
+    constants |= dict(BOXES=boxes, SUMS=attention.BOXED_SUMS if boxes else 1)
     if part != "forward":
         constants |= dict(q_t=HEADS * width, do_t=HEADS * value_width)
     kernel = PARTS[part]
     types = dict.fromkeys(("q", "k", "v", "out", "rest", "dout", "dq", "dk", "dv"), KINDS[dtype])
+    box = f"tensordesc<{KINDS[dtype][1:]}[1, {tile.keys}, {width}]>" if boxes else KINDS[dtype]
+    types |= dict(k_box=box, v_box=box)
     types |= dict.fromkeys(("sinks", "lse", "inverse_total", "delta"), "*fp32") | {"cu_q": "*i32", "cu_k": "*i32"}
     return Configuration(
         f"attention {part} {width}/{value_width} {str(dtype).removeprefix('torch.')}" + FEATURES * features, kernel,

@@ -113,6 +113,14 @@ def test_forward_attention_stays_beside_the_hand_written_kernels(arch):
     assert all(ratio <= {"plain": PLAIN_BAR, "diagonal": DIAGONAL_BAR}[loop] for _, loop, _, _, ratio, _ in rows)
 
 
+def test_hopper_brings_keys_without_addresses():
+    """Where no tile passes the last key, the copy engine's one instruction stands for a thread's sixteen."""
+    compiled = compile_kernel(attention_configuration("sm_90", "forward", (128, 128)), "sm_90")
+    _, sass = nvidia_listing(compiled.asm["cubin"])
+    # two for the first tile and two in the loop, of the plain and of the diagonal tiles each
+    assert len(re.findall(r"UTMALDG\.3D", sass)) == 8
+
+
 @pytest.mark.parametrize(("arch", "part"), [("gfx942", "forward"), ("sm_90", "keys"), ("sm_100", "queries")])
 def test_a_pass_holds_its_laws(arch, part):
     assert judge([attention_sheet(arch, part, 128, 128)]) == []
@@ -209,6 +217,7 @@ def test_second_triton_compiles_every_configuration_to_the_same_laws(arch):
     sheets = datasheet_of(directory, [arch])
     assert {sheet.triton for sheet in sheets} == {"3.9.0"}
     assert judge(sheets) == []
+    assert all(ratio <= bar for *_, ratio, bar in ratios(sheets))
 
 
 def test_a_new_datasheet_keeps_what_cards_measured(tmp_path, monkeypatch):

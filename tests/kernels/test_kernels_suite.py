@@ -36,6 +36,8 @@ sys.modules["triton"] = None
 import torch
 from shipyard.kernels import jit
 assert not jit.HAS_TRITON and not jit.use_triton(torch.ones(1))
+keys = torch.ones(3, 2, 128)
+assert jit.box_of(keys, 16) is keys
 try:
     jit.need_triton(torch.device("cpu"))
 except ValueError as error:

@@ -8,12 +8,20 @@ import triton.language as tl
 from shipyard.kernels.arithmetic import bf16_decode, bf16_encode, tf32_round
 from shipyard.kernels.interpreter import Sanitizer, poisoned
 from shipyard.kernels.jit import jit
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @jit
 def copy_kernel(x, y, count, shift, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + at, tl.load(x + at + shift, mask=at < count, other=0.0), mask=at < count)
+
+
+@jit
+def copy_boxes(box, y, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    first = tl.program_id(0) * BLOCK
+    at = (first + tl.arange(0, BLOCK))[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(y + at, box.load([first, 0]))
 
 
 @jit
@@ -102,6 +110,19 @@ def test_clean_launch_has_no_fault_and_exact_counts():
     with Sanitizer() as report:
         matmul[(1,)](torch.ones(16, 16), torch.ones(16, 16), torch.zeros(16, 16), 16, "ieee")
     assert report.flops_issued == 2 * 16**3
+
+
+def test_a_descriptor_is_watched_like_a_pointer():
+    """Its box reads zeros past the tensor's end, which moves no byte; the poison of torch.empty shows through it."""
+    x, y = torch.randn(20, 8), torch.full((32, 8), -1.0)
+    with Sanitizer() as report:
+        copy_boxes[(2,)](TensorDescriptor.from_tensor(x, [16, 8]), y, 16, 8)
+    report.check()
+    assert torch.equal(y, torch.cat([x, torch.zeros(12, 8)]))
+    assert report.bytes_issued == {"box": 640, "y": 1024}
+    with Sanitizer() as report:
+        copy_boxes[(1,)](TensorDescriptor.from_tensor(torch.empty(16, 8), [16, 8]), y, 16, 8)
+    assert any("uninitialised" in fault for fault in report.faults)
 
 
 @pytest.mark.parametrize("shift", [1, -1, 200_000])
