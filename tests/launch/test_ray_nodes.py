@@ -1,12 +1,14 @@
 """Ray, what happens: two nodes of a real cluster start, crash, stop and save together."""
 
 import os
+import re
 import secrets
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,25 +26,29 @@ RAY_NODE = [
 ]  # fmt: skip
 """A node of one CPU beside others on one machine: every port is a free one. It lives as long as this process."""
 
+JOBS = "RAY_API_SERVER_ADDRESS"
+"""The variable with the address that takes jobs, which comes before RAY_ADDRESS."""
+
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[dict[str, str]]:
-    """The environment of a driver; its cluster is two nodes on this machine."""
-    with socket.socket() as first, socket.socket() as second:
-        for free in (first, second):
+    """The environment of a driver, and of `ray job`; its cluster is two nodes on this machine."""
+    with socket.socket() as first, socket.socket() as second, socket.socket() as third:
+        for free in (first, second, third):
             free.bind(("127.0.0.1", 0))
-        port, clients = (free.getsockname()[1] for free in (first, second))
-    head = ["--head", f"--port={port}", f"--ray-client-server-port={clients}", "--include-dashboard=false"]
+        port, clients, jobs = (free.getsockname()[1] for free in (first, second, third))
+    head = ["--head", f"--port={port}", f"--ray-client-server-port={clients}", f"--dashboard-port={jobs}"]
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # Ray's sockets take no longer path
         environment = os.environ | {"RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(), "RAY_USAGE_STATS_ENABLED": "0"}
         environment.pop("RAY_ADDRESS", None)
         started: list[subprocess.Popen[bytes]] = []
         try:
             for role in (head, [f"--address=127.0.0.1:{port}"]):
                 started.append(subprocess.Popen([*RAY_NODE, *role], env=environment, stdout=subprocess.DEVNULL))
                 wait_for_door(port, started[0])
-            yield environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+            wait_for_door(jobs, started[0])
+            yield environment | {"RAY_ADDRESS": f"127.0.0.1:{port}", JOBS: f"http://127.0.0.1:{jobs}"}
         finally:
             for node in reversed(started):
                 node.terminate()
@@ -127,3 +133,30 @@ def test_two_nodes_of_ray_train(
     run = tmp_path / "it's a run"
     assert (run / "model" / "model.safetensors").is_file()
     assert len((run / "log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_ray_takes_a_job_and_a_stopped_one_has_saved(
+    nodes: dict[str, str], tmp_path: Path, tiny_model: Path, chat_rows: Path, shipyard
+) -> None:
+    """As a user does it: the script submits itself, `ray job stop` ends it."""
+    recipe = tiny_recipe(tmp_path, tiny_model, chat_rows, steps=4000)
+    script, log = tmp_path / "job.sh", tmp_path / "it's a run" / "log.jsonl"
+    script.write_text(shipyard("launch", recipe, "--on", "ray", "--nodes", "2", "--gpus", "1", "--dry-run").stdout)
+    environment = nodes | {"PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+
+    def said(*command: str | Path) -> str:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    found = re.search(r"raysubmit_\w+", said("bash", script))
+    assert found is not None
+    until = time.monotonic() + 600
+    while time.monotonic() < until and not log.is_file():
+        time.sleep(0.1)
+    assert "was stopped" in said("ray", "job", "stop", found[0])
+    steps = len(log.read_text().splitlines())
+    assert 0 < steps < 4000
+    assert (log.parent / f"step-{steps:06d}").is_dir()
+    assert len(list((log.parent / f"step-{steps:06d}").glob("rank-*.safetensors"))) == 2
