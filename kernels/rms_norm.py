@@ -43,7 +43,7 @@ class _RmsNorm(torch.autograd.Function):
         rows = x_TD.shape[0]
         y_TD = torch.empty_like(x_TD)
         s_TD = x_TD if residual is None else torch.empty_like(x_TD)
-        rstd_T = torch.empty(rows, dtype=wide_type(x.dtype), device=x.device)
+        rstd_T = torch.empty(rows, dtype=_sum_type(x.dtype), device=x.device)
         if rows:
             rms_norm_kernel[(rows,)](
                 x_TD, residual_TD, weight_D, y_TD, s_TD, rstd_T, eps, WIDTH=width, BLOCK=next_power_of_2(width),
@@ -65,7 +65,7 @@ class _RmsNorm(torch.autograd.Function):
         ds_TD = ds.reshape(-1, width).contiguous() if ctx.has_residual else dy_TD
         dx_TD = torch.empty_like(s_TD)
         partials = cdiv(rows, ROWS_PER_PARTIAL)
-        dw_PD = torch.empty(partials, width, dtype=rstd_T.dtype, device=dy.device)
+        dw_PD = torch.empty(partials, width, dtype=_sum_type(dy.dtype), device=dy.device)
         if rows:
             rms_norm_backward_kernel[(partials,)](
                 dy_TD, ds_TD, s_TD, weight_D, rstd_T, dx_TD, dw_PD, rows, WIDTH=width, BLOCK=next_power_of_2(width),
@@ -74,6 +74,11 @@ class _RmsNorm(torch.autograd.Function):
             )  # fmt: skip
         dx = dx_TD.view(dy.shape)
         return dx, dw_PD.sum(0).to(weight_D.dtype), None, dx if ctx.has_residual else None
+
+
+def _sum_type(dtype: torch.dtype) -> torch.dtype:
+    """Of what one kernel leaves to another: a row's scale, and the sums that make the weight's gradient."""
+    return torch.float64 if is_exact(dtype) else torch.float32
 
 
 def norm_warps(width: int) -> int:
@@ -107,7 +112,7 @@ def rms_norm_kernel(
     part = mean * r
     # one step of Newton's method gives what the root and the division lost; the result is rounded once
     r_low = 0.5 * r * (tl.fma(-part, r, nothing + 1.0) - tl.fma(mean, r, -part) * r)
-    tl.store(rstd + row, tl.max(r + r_low, 0))
+    tl.store(rstd + row, tl.max(r.to(tl.float64) + r_low, 0))
     x_hat = s * r
     low = tl.fma(s, r, -x_hat) + s * r_low
     tl.store(y + row * WIDTH + d, tl.fma(x_hat, w, low * w).to(kind), mask=inside)
@@ -128,10 +133,16 @@ def rms_norm_backward_kernel(
     lost = tl.zeros([BLOCK], dtype=COMPUTE)  # Kahan: what rounding took from `total`
     for row in range(program * ROWS, tl.minimum((program + 1) * ROWS, rows)):
         at = row * WIDTH + d
-        r = tl.zeros([BLOCK], COMPUTE) + tl.load(rstd + row)
+        scale = tl.load(rstd + row)
+        r = tl.zeros([BLOCK], COMPUTE) + scale.to(COMPUTE)
         x_hat = tl.load(s_in + at, mask=inside, other=0.0).to(COMPUTE) * r
         grad = tl.load(dy + at, mask=inside, other=0.0).to(COMPUTE)
-        term = grad * x_hat - lost
+        if EXACT:  # with what rounding took from x_hat; the product itself is not rounded
+            s = tl.load(s_in + at, mask=inside, other=0.0)
+            low_hat = tl.fma(s, r, -x_hat) + s * (scale - scale.to(COMPUTE)).to(COMPUTE)
+            term = tl.fma(grad, x_hat, tl.fma(grad, low_hat, -lost))
+        else:
+            term = grad * x_hat - lost
         grown = total + term
         lost = (grown - total) - term
         total = grown
@@ -147,4 +158,6 @@ def rms_norm_backward_kernel(
             out += tl.load(ds + at, mask=inside, other=0.0).to(COMPUTE)
         out = tl.fma(rest, r, out)
         tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
+    if EXACT:
+        total = total.to(tl.float64) - lost
     tl.store(dw + program * WIDTH + d, total, mask=inside)
