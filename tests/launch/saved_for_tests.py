@@ -33,7 +33,7 @@ def pass_of(mode: Checkpointing, samples: int = 2, **changes: Any) -> Pass:
 
 
 def real_model(what: Pass, layers: int) -> nn.Module:
-    model = build(what, layers).to_empty(device="cpu")
+    model: Any = build(what, layers).to_empty(device="cpu")
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain.model.rotary_emb = type(plain.model.rotary_emb)(config=plain.config)  # pyright: ignore
     with torch.no_grad():
