@@ -57,10 +57,12 @@ class SharedRows(Protocol):
 
 @dataclass
 class Plug:
-    """What `plug` changed. `path` is the code that runs now, `parts` what it replaced, `remove()` undoes all of it."""
+    """What `plug` changed. `path` is the code that runs now, `parts` what it replaced, `remove()` undoes all of it.
+    `fault` is why `auto` did not take the kernels where it wanted to."""
 
     path: KernelPath
     parts: tuple[str, ...]
+    fault: str = ""
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def remove(self) -> None:
@@ -79,13 +81,15 @@ def path_of(kernels: str, model_type: str, proven: bool, whole: bool) -> KernelP
 
 def plug(
     model: torch.nn.Module, kernels: Literal["auto", "torch", "triton"] = "auto", whole: bool = True,
-    device: torch.device | None = None,
+    device: torch.device | None = None, dtype: torch.dtype | None = None,
 ) -> Plug:  # fmt: skip
     """Puts the kernels into `model` (also when PEFT wraps it), in place. Same numbers, less time and memory.
 
     `triton` needs the weights on a GPU. `auto` takes it for weights on a card of `PROVEN_CARDS`, and PyTorch elsewhere:
     a training run must not be the first to try kernels on a card. Nor does it where ranks share rows or layers, or
-    torch.compile traces the layers (not `whole`). `device` is where the model will run, if its weights are not there.
+    torch.compile traces the layers (not `whole`). On a GPU a layer runs both ways first (`trial.first_fault`): if they
+    differ, `auto` takes PyTorch and `triton` is an error. `device` is where the model will run and `dtype` what it will
+    multiply in, if its weights are elsewhere or wider.
     A model type that is not in `MODEL_TYPES` is left as it is under `auto` (the Plug then has no parts) and is an error
     when a path was asked for.
     """
@@ -100,7 +104,16 @@ def plug(
     device = device or next(bases[0].parameters()).device
     if kernels == "triton":
         need_triton(device)
-    return plug_path(bases[0], path_of(kernels, kind, is_proven(device), whole) or "torch")
+    path, fault = path_of(kernels, kind, is_proven(device), whole) or "torch", ""
+    if path == "triton" and device.type == "cuda":
+        from .trial import first_fault
+
+        fault = first_fault(bases[0].config, device, dtype or bases[0].dtype)
+        if fault and kernels == "triton":
+            raise ValueError(f"kernels: triton, {fault}; use kernels: torch")
+    plugged = plug_path(bases[0], "torch" if fault else path)
+    plugged.fault = fault
+    return plugged
 
 
 def plug_path(base: PreTrainedModel, path: KernelPath) -> Plug:

