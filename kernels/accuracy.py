@@ -52,12 +52,13 @@ class CardProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
-        if self.careful and args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float32:
+        on_cpu = args and isinstance(args[0], torch.Tensor) and not args[0].is_cuda
+        if self.careful and on_cpu and args[0].dtype == torch.float32:
             if name in ("aten.mm.default", "aten.bmm.default"):
                 return _careful_product(*args)
             if name in CAREFUL_SUMS:
                 return CAREFUL_SUMS[name](*args, **(kwargs or {}))
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype in self.KINDS and not args[0].is_cuda:
+        if on_cpu and args[0].dtype in self.KINDS:
             if name in ("aten.mm.default", "aten.bmm.default"):
                 return _product(*args)
             if name == "aten.addmm.default":
@@ -111,10 +112,13 @@ def run_all_ways(
     inputs: Sequence[torch.Tensor],
     extras: Sequence[Any] = (),
     backward: bool = True,
-    careful: bool = False,
+    careful: bool | None = None,
 ) -> list[list[torch.Tensor]]:
-    """Outputs and input gradients of `mine`, and of `reference` in the inputs' dtype and in fp64."""
-    results = []
+    """Outputs and input gradients of `mine`, and of `reference` in the inputs' dtype and in fp64.
+
+    `careful` as in `CardProducts`; None is True where the first input is fp32.
+    """
+    results, careful = [], inputs[0].dtype == torch.float32 if careful is None else careful
     generator = torch.Generator().manual_seed(7)
     seeds: list[torch.Tensor] = []
     for function, wide in ((mine, False), (reference, False), (reference, True)):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .attention_backward_tiles import key_value_kernel, query_kernel
+from .attention_exact_tiles import exact_attention_kernel
 from .attention_tiles import attention_kernel, delta_kernel, zero_slack_kernel
 from .jit import NEWER, architecture, box_of, cdiv, compute_type, fits_box, is_exact, use_triton, wide_type
 
@@ -67,21 +68,33 @@ def key_boxes(arch: str, width: int, value_width: int, dtype: torch.dtype) -> bo
 def _exact_tile(arch: str, part: str, wide: int) -> Tile:
     """fp32 runs on fused multiply-adds: a thread holds whole rows of both factors, so the width bounds the tile.
 
-    dQ holds q, dout and dQ beside them: on NVIDIA its keys come through shared memory (two stages), not registers.
+    dQ holds q, dout and dQ beside them: on NVIDIA its keys come through shared memory (two stages), not registers. On
+    AMD four warps have twice the registers of eight.
     """
-    amd = arch.startswith("gfx")
-    if part == "queries" and not amd:
-        return Tile(16, 16, 8, 2) if wide >= 192 else Tile(32, 32, 8, 2)
-    if wide == 256:
-        return Tile(16, 16, 4 if part == "keys" and amd else 8, 1)
+    if arch.startswith("gfx"):
+        if part == "forward":
+            return Tile(32, 32, 4, 1)
+        if part == "keys":
+            return Tile(16, 16 if wide == 256 else 32, 4, 1)
+        return Tile(32 if wide <= 80 else 16, 32 if wide <= 128 else 16, 4, 1)
     if part == "queries":
-        return Tile(16, 16, 8, 1) if wide == 192 else Tile(16 if wide in (96, 128) else 32, 32, 8, 1)
-    if part == "keys" and arch in ("sm_90", "sm_100", "sm_120") and wide == 96:
-        return Tile(16 if arch == "sm_120" else 32, 32, 8, 2)
+        return Tile(16, 16, 8, 2) if wide >= 192 else Tile(32, 32, 8, 2)
+    if part == "keys" and wide >= 128:
+        return Tile(16, 16, 8, 1 if NEWER and (arch, wide) == ("sm_90", 128) else 2)
+    if part == "keys" and wide in (80, 96) and arch != "sm_80":
+        narrow = (arch, wide) == ("sm_120", 96) or (NEWER and (arch, wide) == ("sm_89", 80))
+        return Tile(16 if narrow else 32, 32, 8, 2)
     if part == "keys":
-        return Tile(16, 16, 8, 1) if amd and wide == 192 else Tile(16 if amd or wide >= 128 else 32, 32, 8, 1)
-    narrow = {96: ("sm_89", "sm_120"), 192: ("gfx942", "gfx950")}.get(wide, ())
-    return Tile(16 if arch in narrow else {80: 64}.get(wide, 32), 32, 8, 1)
+        return Tile(32, 16 if arch == "sm_120" or (NEWER and wide <= 64) else 32, 8, 1)
+    if wide == 256:
+        return Tile(16, 16, 8, 2 if arch == "sm_100" and not NEWER else 1)
+    return Tile(16 if arch in ("sm_89", "sm_120") and wide == 96 else 32, 32, 8, 1)
+
+
+def exact_slice(arch: str, width: int, value_width: int) -> int:
+    """Multiply-adds in one chain of fp32's products over the head, forward and for dQ. Sixteen round as little as a
+    good library's; on a B200 the first Triton pairs them up at width 256 and spills, whatever the tile."""
+    return 128 if arch == "sm_100" and max(width, value_width) == 256 and not NEWER else 16
 
 
 def _forward_tile(arch: str, wide: int) -> Tile:
@@ -272,7 +285,17 @@ class _Attention(torch.autograd.Function):
         keeps_rest = q.dtype == torch.float16 and any(ctx.needs_input_grad)
         rest = torch.empty_like(out) if keeps_rest else None
         documents = cu_q.numel() - 1
-        if tokens and documents > 0:
+        if tokens and documents > 0 and q.dtype == torch.float32:
+            switches = _switches(q, v, features)
+            for name in ("EXACT", "PRECISION"):  # of the general kernel
+                del switches[name]
+            exact_attention_kernel[(places(tokens, documents, shape.queries), heads)](
+                q, k, v, lse if sinks is None else sinks, out, lse, inverse, cu_q, cu_k, documents, *q.stride()[:2],
+                *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], tokens, features.window or 0,
+                heads // k.shape[1], SLICE=exact_slice(arch, width, v.shape[2]), BM=shape.queries, BN=shape.keys,
+                SINKS=sinks is not None, num_warps=shape.warps, num_stages=shape.stages, **switches,
+            )  # fmt: skip
+        elif tokens and documents > 0:
             engine = boxed and k.shape[0] > 0  # it knows no empty tensor
             k_box, v_box = (box_of(x, shape.keys) if engine else x for x in (k, v))
             attention_kernel[(places(tokens, documents, shape.queries), heads)](
@@ -305,8 +328,8 @@ class _Attention(torch.autograd.Function):
         if q.shape[0] and documents > 0:
             query_kernel[(places(q.shape[0], documents, shape.queries), q.shape[1])](
                 q, k, v, dout, lse, inverse, delta, dq, cu_q, cu_k, documents, *shared, *dq.stride()[:2], *numbers,
-                BM=shape.queries, BN=shape.keys, num_warps=shape.warps, num_stages=shape.stages,
-                SCALE=features.scale, **switches,
+                SLICE=exact_slice(arch, q.shape[2], v.shape[2]), BM=shape.queries, BN=shape.keys,
+                num_warps=shape.warps, num_stages=shape.stages, SCALE=features.scale, **switches,
             )  # fmt: skip
         shape = ctx.tile or attention_tile(arch, "keys", q.shape[2], v.shape[2], q.dtype)
         if k.shape[0] and documents > 0:
@@ -340,11 +363,11 @@ def _sinks_gradient(sinks, lse_HT, inverse_HT, delta_HT, cu_q, switches):
     if sinks is None:
         return None
     live_T = torch.arange(lse_HT.shape[1], device=lse_HT.device) < cu_q[-1]
-    sink_H1 = sinks[:, None].to(lse_HT.dtype) * LOG2_E
-    if switches["EXACT"]:
-        p_HT = torch.exp2((sink_H1 / switches["C"] - lse_HT) * switches["C"]) * inverse_HT
+    if switches["EXACT"]:  # in fp64: the two terms of the exponent nearly cancel where the sink is the row's maximum
+        sink_H1, lse_HT, delta_HT = sinks[:, None].double() * LOG2_E, lse_HT.double() * switches["C"], delta_HT.double()
+        p_HT = torch.exp2(sink_H1 - lse_HT) * inverse_HT.double()
     else:
-        p_HT = torch.exp2(sink_H1 - lse_HT)
+        p_HT = torch.exp2(sinks[:, None].to(lse_HT.dtype) * LOG2_E - lse_HT)
     return -torch.where(live_T, p_HT * delta_HT, 0.0).sum(1, dtype=torch.float64).to(sinks.dtype)
 
 

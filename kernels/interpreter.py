@@ -2,7 +2,8 @@
 
 As shipped, TRITON_INTERPRET=1 computes on the bit patterns of bf16 and truncates casts to it. `install()` mends that:
 casts round to nearest even, arithmetic on bf16 rounds after each operation, a TF32 dot rounds its operands as the
-tensor core does, and a dot adds up in an order that depends on neither the processor nor the place in the tile.
+tensor core does, a dot adds up in an order that depends on neither the processor nor the place in the tile, its sum
+with what follows is folded into it where the compiler does so, and tl.sum adds halves to halves.
 `Sanitizer` watches each launch for what a GPU would only show as a rare wrong number.
 
     with Sanitizer() as report:
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter as stock
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arithmetic import bf16_decode, bf16_encode, multiply, tf32_round
+from .arithmetic import add_halves, bf16_decode, bf16_encode, multiply, tf32_round
 
 Builder: Any = stock.InterpreterBuilder
 Handle: Any = stock.TensorHandle
@@ -64,6 +65,8 @@ _stock_sum = stock.ReduceOps.sum
 
 
 def _binary(self, left: Any, right: Any, op: Any) -> Any:
+    if op is np.add and "factors" in {**left.attr, **right.attr}:
+        return _fold(left, right)
     if not (_is_bf16(left) and _is_bf16(right)) or op in BIT_OPS:
         return _stock_binary(self, left, right, op)
     out = op(bf16_decode(left.data), bf16_decode(right.data))
@@ -92,10 +95,21 @@ def _fma(self, x: Any, y: Any, z: Any) -> Any:
 
 
 def _sum(self, value: Any) -> Any:
-    if value.dtype.scalar != tl.bfloat16:
+    if value.dtype.scalar == tl.bfloat16:
+        total = np.sum(bf16_decode(value.handle.data), axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(bf16_encode(total), value.dtype)
+    if value.dtype.scalar != tl.float32 or self.axis is None:
         return _stock_sum(self, value)
-    total = np.sum(bf16_decode(value.handle.data), axis=self.axis, keepdims=self.keep_dims)
-    return self.to_tensor(bf16_encode(total), value.dtype)
+    total = add_halves(value.handle.data, self.axis)
+    return self.to_tensor(total if self.keep_dims else total.squeeze(self.axis), value.dtype)
+
+
+def _fold(left: Any, right: Any) -> Any:
+    """dot(a, b, 0) + c becomes dot(a, b, c), as in the compiler (triton-combine): the chain of sums begins at c. A
+    product with `max_num_imprecise_acc`, a number that means nothing for these types, is left as it is."""
+    product, other = (left, right) if "factors" in left.attr else (right, left)
+    x, y, half = product.attr["factors"]
+    return Handle(multiply(x, y, other.data, half), product.dtype.scalar)
 
 
 def _dot(self, a: Any, b: Any, acc: Any, precision: Any, max_imprecise: Any) -> Any:
@@ -106,7 +120,10 @@ def _dot(self, a: Any, b: Any, acc: Any, precision: Any, max_imprecise: Any) -> 
     if acc.data.dtype != np.float32 or kind.is_int() or kind == tl.float64:
         return Handle(np.matmul(x.astype(acc.data.dtype), y.astype(acc.data.dtype)) + acc.data, acc.dtype.scalar)
     if kind != tl.float32 or "TF32" not in name:
-        return Handle(multiply(x, y, acc.data, kind != tl.float32), acc.dtype.scalar)
+        out = Handle(multiply(x, y, acc.data, kind != tl.float32), acc.dtype.scalar)
+        if not max_imprecise and not acc.data.any():
+            out.attr["factors"] = (x, y, kind != tl.float32)
+        return out
     big_x, big_y = tf32_round(x), tf32_round(y)
     out = acc.data
     if "X3" in name:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from .attention_exact_tiles import add_term, bend_scores, multiply_slices
 from .attention_tiles import raise_two, tanh_series
 from .jit import architecture, cdiv, exponent, is_exact, jit, tl, use_triton, wide_type
 
@@ -34,8 +35,8 @@ class LogitTile(NamedTuple):
 
 def logit_tile_of(arch: str, dtype: torch.dtype) -> LogitTile:
     """The configuration, a plain function of the architecture and dtype."""
-    if is_exact(dtype):  # shorter chains of sums round less
-        return LogitTile(64, 64, 32, 4, 2 if arch.startswith("gfx") else 3)
+    if is_exact(dtype):  # shorter chains of sums round less; the gradient spills with four warps on NVIDIA
+        return LogitTile(64, 64, 32, 4, 2) if arch.startswith("gfx") else LogitTile(64, 64, 32, 8, 3)
     if arch == "sm_90":
         return LogitTile(128, 256, 64, 8, 3)
     return LogitTile(64, 64, 64, 4, 2 if arch.startswith("gfx") else 3)
@@ -173,10 +174,9 @@ def _added(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
 def _switches(x_TD, softcap) -> dict[str, Any]:
     tile = logit_tile_of(architecture(x_TD.device), x_TD.dtype)
     cap = softcap or 1.0
-    bend = exponent(x_TD.dtype, 2.0 / cap)
     return dict(
         WIDTH=x_TD.shape[1], CAP=cap, SOFTCAP=softcap is not None, BT=tile.tokens, BV=tile.rows, BD=tile.width,
-        PRECISION="ieee", CAP_C=bend["C"], CAP_C_LOW=bend["C_LOW"], num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION="ieee", CAP_C=exponent(x_TD.dtype, 2.0 / cap)["C"], num_warps=tile.warps, num_stages=tile.stages,
         **exponent(x_TD.dtype),
     )  # fmt: skip
 
@@ -225,33 +225,36 @@ def _backward_triton(x_TD, weight_VD, ids_T, lse_T, lost_T, hit_T, soft_T, softc
 def logit_tile(
     x, weight, t, v, tokens, vocabulary,
     WIDTH: tl.constexpr, CAP: tl.constexpr, CAP_C: tl.constexpr,
-    CAP_C_LOW: tl.constexpr, SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One (BT, BV) tile of logits, accumulated in COMPUTE, and the slope of their softcap; `t` and `v` are 64-bit."""
     logits = tl.zeros([BT, BV], COMPUTE)
+    rest = logits  # of fp32: what rounding took from the logits
     for first in range(0, WIDTH, BD):
         d = first + tl.arange(0, BD)
         inside = (d < WIDTH)[None, :]
         x_tile = tl.load(x + t[:, None] * WIDTH + d[None, :], mask=(t < tokens)[:, None] & inside, other=0.0)
         w_tile = tl.load(weight + v[:, None] * WIDTH + d[None, :], mask=(v < vocabulary)[:, None] & inside, other=0.0)
-        if x.dtype.element_ty == tl.float32:  # one term a step: the rounding errors of one long chain of sums grow
-            logits += tl.dot(x_tile, tl.trans(w_tile), tl.zeros_like(logits), input_precision=PRECISION)
+        if x.dtype.element_ty == tl.float32:
+            logits, rest = add_term(logits, rest, multiply_slices(x_tile, w_tile, BD, COMPUTE, 16))
         else:
             logits = tl.dot(x_tile, tl.trans(w_tile), logits, input_precision=PRECISION, out_dtype=COMPUTE)
+    if x.dtype.element_ty == tl.float32:
+        logits += rest
     slope = logits
-    if SOFTCAP:  # cap * tanh(x / cap) with one rounding; 1 - tanh^2 without its cancellation
+    if SOFTCAP and EXACT:
+        logits, slope = bend_scores(logits, 1.0 / CAP, CAP, COMPUTE)
+    elif SOFTCAP:  # cap * tanh(x / cap) with one rounding; 1 - tanh^2 without its cancellation
         x_abs = tl.abs(logits)
-        fall = raise_two(-x_abs, CAP_C, CAP_C_LOW, EXACT, COMPUTE)  # e^(-2 |x| / cap)
+        fall = tl.exp2(-x_abs * CAP_C)  # e^(-2 |x| / cap)
         gap = 2.0 * fall / (1.0 + fall)  # 1 - tanh
-        slope = gap * (2.0 - gap)
+        y = logits / CAP
+        near = tl.fma(x_abs, tanh_series(y * y), x_abs)
         far = tl.fma(gap, tl.full([1, 1], -CAP, COMPUTE), tl.full([1, 1], CAP, COMPUTE))
-        if tl.float32 == COMPUTE:
-            y = logits / CAP
-            near = tl.fma(x_abs, tanh_series(y * y), x_abs)
-            bend = near / CAP
-            slope = tl.where(bend < 0.5, tl.fma(bend, -bend, tl.full([1, 1], 1.0, COMPUTE)), slope)
-            far = tl.where(bend < 0.5, near, far)
+        bend = near / CAP
+        slope = tl.where(bend < 0.5, tl.fma(bend, -bend, tl.full([1, 1], 1.0, COMPUTE)), gap * (2.0 - gap))
+        far = tl.where(bend < 0.5, near, far)
         logits = tl.where(logits < 0, -far, far)
     return logits, slope
 
@@ -260,7 +263,7 @@ def logit_tile(
 def log_prob_kernel(
     x, weight, ids, tops, totals, found, tokens, vocabulary, stride,
     WIDTH: tl.constexpr, CAP: tl.constexpr, CAP_C: tl.constexpr,
-    CAP_C_LOW: tl.constexpr, SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -274,7 +277,7 @@ def log_prob_kernel(
     hit = tl.zeros([BT], COMPUTE)
     for first in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocabulary), BV):
         v = (first + tl.arange(0, BV)).to(tl.int64)
-        logits, _ = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, CAP_C, CAP_C_LOW, SOFTCAP, BT, BV, BD,
+        logits, _ = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, CAP_C, SOFTCAP, BT, BV, BD,
                                   PRECISION, EXACT, COMPUTE)  # fmt: skip
         hit += tl.sum(tl.where(target[:, None] == v[None, :], logits, 0.0), 1)
         logits = tl.where((v < vocabulary)[None, :], logits, float("-inf"))
@@ -318,13 +321,13 @@ def join_log_probs_kernel(
 def logit_gradient_kernel(
     x, weight, ids, lse, lost, hit, soft, grad, tokens, vocabulary,
     WIDTH: tl.constexpr, CAP: tl.constexpr, CAP_C: tl.constexpr,
-    CAP_C_LOW: tl.constexpr, SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    SOFTCAP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr, COMPUTE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logit of one tile, recomputing its logits: hit where the target is, soft * p everywhere."""
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     v = (tl.program_id(1) * BV + tl.arange(0, BV)).to(tl.int64)
-    logits, slope = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, CAP_C, CAP_C_LOW, SOFTCAP, BT, BV, BD,
+    logits, slope = logit_tile(x, weight, t, v, tokens, vocabulary, WIDTH, CAP, CAP_C, SOFTCAP, BT, BV, BD,
                                 PRECISION, EXACT, COMPUTE)  # fmt: skip
     live = t < tokens
     rounding = tl.load(lost + t, mask=live, other=0.0)[:, None]

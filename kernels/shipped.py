@@ -13,6 +13,7 @@ import torch
 from . import attention, decode, linear_cross_entropy, rms_norm, rope, swiglu
 from .attention import Tile
 from .attention_backward_tiles import key_value_kernel, query_kernel
+from .attention_exact_tiles import exact_attention_kernel
 from .attention_tiles import attention_kernel, delta_kernel, zero_slack_kernel
 from .jit import exponent, next_power_of_2, tl
 
@@ -58,10 +59,11 @@ def attention_configuration(
         INNER=width**-0.5 / cap if cap else 0.0, CAP=cap, SCALE=width**-0.5, k_t=HEADS * width, v_t=HEADS * value_width,
     )  # fmt: skip
     boxes = part == "forward" and attention.key_boxes(arch, width, value_width, dtype)
+    constants |= dict(SLICE=attention.exact_slice(arch, width, value_width))
     constants |= dict(BOXES=boxes, SUMS=attention.BOXED_SUMS if boxes else 1)
     if part != "forward":
         constants |= dict(q_t=HEADS * width, do_t=HEADS * value_width)
-    kernel = PARTS[part]
+    kernel = exact_attention_kernel if exact and part == "forward" else PARTS[part]
     types = dict.fromkeys(("q", "k", "v", "out", "rest", "dout", "dq", "dk", "dv"), KINDS[dtype])
     box = f"tensordesc<{KINDS[dtype][1:]}[1, {tile.keys}, {width}]>" if boxes else KINDS[dtype]
     types |= dict(k_box=box, v_box=box)
@@ -75,6 +77,8 @@ def attention_configuration(
 
 def _loop_names(part: str, exact: bool, window: bool) -> tuple[str, ...]:
     """The hot loops in the order the source has them."""
+    if exact and part == "forward":
+        return ("plain",)  # one for all tiles
     if part == "keys":
         return ("diagonal", "plain", "edge")
     names = (("window",) if window else ()) + ("plain", "diagonal", "edge")
@@ -139,7 +143,7 @@ def _elementwise(make, arch: str) -> Iterator[Configuration]:
 def _linear_cross_entropy(make, arch: str) -> Iterator[Configuration]:
     tile = linear_cross_entropy.logit_tile_of(arch, torch.bfloat16)
     base = exponent(torch.bfloat16)
-    head = dict(WIDTH=4096, CAP=1.0, CAP_C=0.0, CAP_C_LOW=0.0, SOFTCAP=False, BT=tile.tokens, BV=tile.rows,
+    head = dict(WIDTH=4096, CAP=1.0, CAP_C=0.0, SOFTCAP=False, BT=tile.tokens, BV=tile.rows,
                 BD=tile.width, PRECISION="ieee", SPLIT=linear_cross_entropy.SPLIT_ROWS) | base  # fmt: skip
     types = dict.fromkeys(("x", "weight", "grad"), "*bf16") | {"ids": "*i64"}
     types |= dict.fromkeys(("tops", "totals", "found", "picked", "lse", "lost", "hit", "soft"), "*fp32")

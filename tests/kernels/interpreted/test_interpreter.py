@@ -64,6 +64,20 @@ def matmul(a, b, c, N: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @jit
+def add_matmul(a, b, c, N: tl.constexpr, IMPRECISE: tl.constexpr):
+    at = tl.arange(0, N)
+    square = at[:, None] * N + at[None, :]
+    zeros = tl.zeros([N, N], tl.float32)
+    product = tl.dot(tl.load(a + square), tl.load(b + square), zeros, "ieee", max_num_imprecise_acc=IMPRECISE)
+    tl.store(c + square, tl.load(c + square) + product)
+
+
+@jit
+def sum_row(x, y, N: tl.constexpr):
+    tl.store(y + tl.arange(0, 1), tl.sum(tl.load(x + tl.arange(0, N))[None, :], 1))
+
+
+@jit
 def add_square(x, y, BLOCK: tl.constexpr):
     value = tl.load(x + tl.arange(0, BLOCK))
     tl.store(y + tl.arange(0, BLOCK), (value + value * value).to(y.dtype.element_ty))
@@ -97,6 +111,25 @@ def test_tf32_dot_rounds_its_operands():
     assert errors["tf32x3"] < 2e-5
     assert 1e-4 < errors["tf32"] < 2e-2
     assert tf32_round(np.float32([1 + 2**-10, 1 + 2**-11, 1 + 2**-12])).tolist() == [1 + 2**-10, 1 + 2**-10, 1.0]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_is_added_to_a_product_begins_its_chain_of_sums(apart):
+    """As Triton's combine pass has it, unless the product carries a `max_num_imprecise_acc` of its own."""
+    a, b, start = torch.randn(16, 16), torch.randn(16, 16), torch.randn(16, 16) * 1e4
+    done = start.clone()
+    add_matmul[(1,)](a, b, done, 16, 1 if apart else None)
+    chain = torch.zeros(16, 16) if apart else start
+    for k in range(16):
+        chain = (chain.double() + a[:, k, None].double() * b[k].double()).float()
+    assert torch.equal(done, start + chain if apart else chain)
+
+
+def test_a_row_is_added_in_halves():
+    """1 vanishes beside 2**24; beside another 1 it does not."""
+    x, y = torch.tensor([2.0**24, 1.0, 0.0, 1.0]), torch.empty(1)
+    sum_row[(1,)](x, y, 4)
+    assert y.item() == 2**24 + 2
 
 
 def test_clean_launch_has_no_fault_and_exact_counts():
