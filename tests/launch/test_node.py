@@ -59,7 +59,8 @@ def test_crashes_are_counted_in_a_file_that_outlives_the_node(
 def test_ctrl_c_waits_for_the_ranks(tmp_path: Path) -> None:
     there, saved = tmp_path / "there", tmp_path / "saved"
     shell = f"trap 'sleep 0.5; touch {saved}; exit 1' INT; touch {there}; while :; do sleep 0.05; done"
-    process = subprocess.Popen([*NODE, "bash", "-c", shell], start_new_session=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's jobs in the background ignore it
+    process = subprocess.Popen([*NODE, "bash", "-c", shell], start_new_session=True, preexec_fn=heard)
     until = time.monotonic() + 60
     while not there.exists() and time.monotonic() < until:
         time.sleep(0.02)
