@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from . import recipe as recipes
 from .experts import BIAS, keep_wide, routers
-from .low_rank import is_adapted, one_pass
+from .low_rank import dense, is_adapted, one_pass
 
 TARGETS = {"all-linear": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
@@ -44,13 +44,7 @@ def add_adapters(model: PreTrainedModel, lora: recipes.Lora, seed: int) -> PeftM
 
 def base_weight(layer: nn.Module) -> Tensor:
     """Weight of a linear layer in fp32, as its forward uses it: NF4 dequantized, shape (out, in)."""
-    weight = layer.weight
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight.detach().float()  # pyright: ignore[reportCallIssue]
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, state).float()  # pyright: ignore[reportArgumentType]
+    return dense(cast(Tensor, layer.weight), torch.float32).detach().float()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """`model.compile`: every layer runs compiled, one program serves all, and no layer falls back in silence."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,25 @@ def test_one_program_serves_all_layers(adapters: bool) -> None:
     assert run_once(compiled_llama(12, adapters)) == few
     assert few[0] > 0
     assert few[1] == 0
+
+
+def test_compiled_adapters_have_the_gradient() -> None:
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model: Any = compiled_llama(2, adapters=True)
+        if not compiled:
+            models.as_written(model)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first, which would hide A's gradient
+                torch.nn.init.normal_(parameter, std=0.1)
+        ids = torch.arange(24).reshape(2, 12)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        results.append([each.grad for each in model.parameters() if each.grad is not None])
+    assert counters["stats"]["unique_graphs"] > 0
+    assert len(results[0]) == len(results[1]) == 28
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 def test_layers_that_want_too_many_programs_are_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
