@@ -32,6 +32,8 @@ BAR = 0.05
 PLAIN_STEPS = 5
 BATCHES = {"cpu": (4, 4, 128), "cuda": (16, 8, 1024)}
 """Rows in a step, rows in a forward pass, tokens in a row."""
+LIMITS_MB_PER_S = (0, 64)
+"""Of `checkpoints.max_mb_per_s`: none, and one at which two cores that train spare what writing takes."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,13 @@ class Costs:
 class Training:
     """One rank that trains, and its saver."""
 
-    def __init__(self, shape: str, folder: Path) -> None:
+    def __init__(self, shape: str, folder: Path, max_mb_per_s: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         size, micro, self.row_tokens = BATCHES[device]
         dtype = "bfloat16" if device == "cuda" else "float32"
         model = {"name": "scratch", "shape": shape, "dtype": dtype}
         tree = {"method": "sft", "steps": 1 << 20, "data": {"train": "none"}, "batch": {"size": size, "micro": micro}}
-        self.recipe = parse_recipe({**tree, "model": model})
+        self.recipe = parse_recipe({**tree, "model": model, "checkpoints": {"max_mb_per_s": max_mb_per_s}})
         scratch = load_model(self.recipe.model, trains_all=True, seed=self.recipe.seed)
         self.engine = build_engine(start(self.recipe), scratch, build_optimizer(self.recipe, scratch), self.recipe)
         self.method = SupervisedTuning(self.recipe, _rows(4 * size, self.row_tokens, scratch.config.vocab_size))
@@ -107,16 +109,18 @@ class Training:
 
 
 def bench_checkpoint(out: Path, shape: str = "smollm2-135m", rounds: int = 3) -> str:
-    """Measure, put the shape's section into the page `out`, and return it. Raises ValueError for an unknown shape."""
-    section = _section(measure(shape, rounds), f"{machine()}; {versions(None)}")
-    put_section(out, INTRODUCTION, section)
-    return section
+    """Measure, put the shape's sections into the page `out`, return them. Raises ValueError for an unknown shape."""
+    setting, sections = f"{machine()}; {versions(None)}", list[str]()
+    for limit in LIMITS_MB_PER_S:
+        sections.append(_section(measure(shape, rounds, limit), setting))
+        put_section(out, INTRODUCTION, sections[-1])
+    return "\n".join(sections)
 
 
-def measure(shape: str, rounds: int) -> Costs:
+def measure(shape: str, rounds: int, max_mb_per_s: int) -> Costs:
     """One first save and `rounds` more, plain steps between them, then `rounds` times torch.save."""
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=".") as folder:
-        training = Training(shape, Path(folder))
+        training = Training(shape, Path(folder), max_mb_per_s)
         training.train(lambda done: done < 2)  # the first steps get memory for all later ones
         loads = [os.getloadavg()[0]]
         before = training.train(lambda done: done < PLAIN_STEPS)
@@ -131,9 +135,10 @@ def measure(shape: str, rounds: int) -> Costs:
         state = training.state()
         peer_s = [_torch_save(state, Path(folder) / "state.pt") for _ in range(rounds)]
     device = training.engine.ranks.device
+    limit = f", at most {max_mb_per_s} MB/s" if max_mb_per_s else ""
     card = f" on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return Costs(
-        title=f"{shape}{card}",
+        title=f"{shape}{card}{limit}",
         state_gb=sum(4 * tensor.numel() for tensor in state.values()) / 1e9,
         tokens=training.recipe.batch.size * training.row_tokens,
         plain_s=[block.wall_s / block.steps for block in plain],
@@ -185,7 +190,9 @@ is on its way take turns.
 - *CPU* is what the writer's thread used. *Stolen* is what the host of a virtual machine took of its processors beyond
   plain steps: where the disk is a program on that host, what is written to it costs this, whoever writes.
 
-The bar is {BAR:.0%} of the save's own time. The first save also gets the memory for the copy.
+The bar is {BAR:.0%} of the save's own time. Where training leaves no core to the writer, `checkpoints.max_mb_per_s`
+spreads what it takes over more steps; the run's last save, one before an exit and one that another waits for are
+written without that limit. The first save also gets the memory for the copy.
 """
 
 

@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .direct import Pace
 from .engine import Engine
 from .manifest import Manifest, commit, disk_is_full, publish, read_manifest, verify
 from .ranks import Ranks
@@ -66,7 +67,7 @@ class Saver:
         self._copied: futures.Future[ShardImage] | None = None
         self._failure, self._passes = "", False
         self._image: ShardImage | None = None
-        self._hurry = threading.Event()
+        self._hurry, self._pace = threading.Event(), Pace()
         # One name for all ranks that no earlier process used: leftovers of a killed save are not taken for this one's.
         self._attempt = int(ranks.sum({"attempt": float(time.time_ns() >> 10) if ranks.first else 0.0})["attempt"])
         if ranks.first:
@@ -102,6 +103,7 @@ class Saver:
         whole = {**about, "step": step, "updates": engine.updates}
         extra = {key: tensor.detach().cpu().clone() for key, tensor in extra.items()}
         self._copied, self._hurry = futures.Future(), threading.Event()
+        self._pace = Pace(self.knobs.max_mb_per_s * 1_000_000)
         self._thread = threading.Thread(
             target=self._write, args=(step, copy, self._copied, note, extra, whole, began), daemon=True
         )
@@ -129,6 +131,7 @@ class Saver:
         that ends so is started again, and goes on from the save before."""
         if self._thread is None:
             return
+        self._pace.hurry.set()
         self._thread.join()
         self._thread = self._copied = None
         failure, self._failure = self._failure, ""
@@ -178,7 +181,7 @@ class Saver:
         try:
             scratch.mkdir(parents=True, exist_ok=True)
             _reserve(scratch, self.ranks.rank)
-            note.entry = copied.result().write(scratch / note.file)
+            note.entry = copied.result().write(scratch / note.file, self._pace)
             _leave(scratch, self.ranks.rank, vars(note))
             if self.ranks.first:
                 save_file(extra, scratch / METHOD)
@@ -320,8 +323,8 @@ def restore(engine: Engine, manifest: Manifest, load_method: Callable[[dict[str,
         odd = sorted(set(wanted.items()) ^ set(stored.shapes.items()))[0][0]
         raise ValueError(f"resume: {manifest.path} was written for another model ({odd}); set another run_dir")
     engine.load(stored.read, int(manifest.about["updates"]))
-    if manifest.about["identity"] is not None:  # what was imported has no state of a method
-        load_method(load_file(manifest.path / METHOD))
+    if (path := manifest.path / METHOD).is_file():  # what was imported may have none
+        load_method(load_file(path))
     return int(manifest.about["step"])
 
 

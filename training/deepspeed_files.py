@@ -7,13 +7,15 @@ refused. What is written holds tensors and plain containers.
 Read are `engine.save_checkpoint`'s files: every rank's flat fp32 partition of each group of parameters and Adam's
 moments beside it. A partition becomes our fragments as it is. Written is what `ds_to_universal` makes (Lian et al.
 2024, Universal Checkpointing): a directory per parameter with whole tensors, which an engine of any stage on any number
-of ranks takes with `"checkpoint": {"load_universal": true}` in its configuration. Frozen weights and learning rates are
+of ranks takes with `"checkpoint": {"load_universal": true}` in its configuration. Of buffers, routers' biases go in and
+out. Frozen weights and learning rates are
 in neither; they come from the model and the recipe.
 """
 
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .checkpoint import newest
+from . import experts
+from .checkpoint import METHOD, newest
 from .manifest import Manifest, new_directory, verify
 from .shard import INDEX, StoredFragments, key_of, write_shard
 
@@ -105,6 +109,8 @@ def import_deepspeed(source: Path, run_dir: Path) -> Path:
     updates: set[int] = set()
     try:
         with new_directory(run_dir / f"step-{step:06d}", about) as scratch:
+            if biases := experts.state_of_buffers(_buffers(model)):
+                save_file(biases, scratch / METHOD)
             for rank, path in enumerate(files):
                 state = _load(path)["optimizer_state_dict"]
                 stage, flat, taken = _flat_groups(state, path, len(files))
@@ -141,8 +147,9 @@ def export_deepspeed(source: Path, out_dir: Path) -> Path:
 
     The receiver's configuration decides learning rates and decay: no group of parameters brings its own. ZeRO-3 of
     DeepSpeed 0.19 makes all groups share the tensor that counts steps, whoever wrote the files: with torch's AdamW and
-    several groups give each state a copy after `load_checkpoint`, or the count runs ahead. Raises ValueError when the
-    checkpoint is damaged or its optimizer's state is not Adam's.
+    several groups give each state a copy after `load_checkpoint`, or the count runs ahead. Routers' biases lie in
+    `mp_rank_00_model_states.pt`, which `load_checkpoint` leaves alone: a line on stderr says so. Raises ValueError when
+    the checkpoint is damaged or its optimizer's state is not Adam's.
     """
     manifest = _checkpoint(source)
     stored, step = StoredFragments(manifest.path), int(manifest.about["step"])
@@ -169,9 +176,18 @@ def export_deepspeed(source: Path, out_dir: Path) -> Path:
             {"param_groups": groups, "optimizer_state_dict": inner, "ds_version": LAYOUT_VERSION},
             tag / "zero" / "optimizer_state.pt",
         )
-        states = _exported_states(manifest, stored, step)
-        torch.save({**states, "module": stored.whole()}, tag / "mp_rank_00_model_states.pt")
-        torch.save({**states, "module": {}}, tag / "zero_pp_rank_0_mp_rank_00_model_states.pt")  # what ZeRO-3 asks for
+        method = manifest.path / METHOD
+        buffers = experts.buffers_of_state(load_file(method) if method.is_file() else {})
+        states = {**_exported_states(manifest, stored, step), "buffer_names": [*buffers]}
+        torch.save({**states, "module": {**stored.whole(), **buffers}}, tag / "mp_rank_00_model_states.pt")
+        # what ZeRO-3 asks for
+        torch.save({**states, "module": buffers}, tag / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+        if buffers:
+            print(
+                f"export: DeepSpeed takes no buffer from a universal checkpoint; load the {len(buffers)} in "
+                f"{tag.name}/mp_rank_00_model_states.pt's module with load_state_dict(..., strict=False)",
+                file=sys.stderr,
+            )
         (scratch / "latest_universal").write_text(tag.name, encoding="utf-8")
     return out_dir
 
@@ -184,7 +200,6 @@ def _exported_states(manifest: Manifest, stored: StoredFragments, step: int) -> 
         "dp_world_size": int(manifest.about["world_size"]),
         "mp_world_size": 1,
         "param_shapes": [shapes],
-        "buffer_names": [],
         "shared_params": {},
         "lr_scheduler": None,
         "optimizer": None,
@@ -221,9 +236,14 @@ def _model_states(folder: Path) -> Mapping[str, Any]:
     model = _load(path)
     if int(model.get("mp_world_size", 1)) != 1 or list(folder.glob("*mp_rank_01_*")):
         raise ValueError(f"model: {folder} was saved with tensor or pipeline parallelism; only ZeRO alone is read")
-    if model.get("buffer_names"):
-        raise ValueError(f"model: {folder} holds the buffer {model['buffer_names'][0]}, for which we have no place")
+    if odd := [name for name in _buffers(model) if not name.endswith(f".{experts.BIAS}")]:
+        raise ValueError(f"model: {folder} holds the buffer {odd[0]}, for which we have no place; train without it")
     return model
+
+
+def _buffers(model: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What DeepSpeed saved beside the parameters, by name."""
+    return {name: model["module"][name] for name in model.get("buffer_names") or ()}
 
 
 def _optimizer_files(folder: Path) -> list[Path]:

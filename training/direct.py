@@ -10,6 +10,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import threading
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,13 +33,30 @@ def aligned(memory: Any) -> memoryview:
     return memory[first : first + len(memory) - PAGE_BYTES].data
 
 
+@dataclass
+class Pace:
+    """How fast files are written: `bytes_per_s`, 0 for as fast as they can be; from `hurry` on without a limit."""
+
+    bytes_per_s: int = 0
+    hurry: threading.Event = field(default_factory=threading.Event)
+    _next_s: float = 0.0
+
+    def wait(self, count: int) -> None:
+        """Return when `count` bytes more may be written. Idle time is not made up for."""
+        if self.bytes_per_s and not self.hurry.is_set():
+            now = time.monotonic()
+            self.hurry.wait(max(0.0, self._next_s - now))
+            self._next_s = max(now, self._next_s) + count / self.bytes_per_s
+
+
 class DirectFile:
     """Written from its beginning to its end in a `with` block, whose good end syncs it.
 
     Raises OSError as writing does; a full disk is ENOSPC.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pace: Pace | None = None) -> None:
+        self._pace = pace or Pace()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._stage, self._filled = memoryview(b""), 0
         self._direct = False
@@ -62,6 +82,7 @@ class DirectFile:
 
     def _put(self, data: memoryview) -> None:
         while len(data):
+            self._pace.wait(len(data[:WRITE_BYTES]))
             try:
                 written = os.write(self._descriptor, data[:WRITE_BYTES])
             except OSError as error:

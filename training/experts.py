@@ -76,6 +76,19 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {f"{STATE_PREFIX}{name}": getattr(router, BIAS).detach() for name, router in routers(model)}
 
 
+def state_of_buffers(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `state` would say of biases by the names that they have in a model."""
+    return {
+        STATE_PREFIX + name.removesuffix(f".{BIAS}"): bias_E.float().contiguous() for name, bias_E in buffers.items()
+    }
+
+
+def buffers_of_state(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same way back, of what else is stored nothing."""
+    found = {key.removeprefix(STATE_PREFIX): bias_E for key, bias_E in stored.items() if key.startswith(STATE_PREFIX)}
+    return {f"{name}.{BIAS}": bias_E for name, bias_E in found.items()}
+
+
 def load_state(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take up what `state` returned; return the rest of what was stored."""
     for name, router in routers(model):

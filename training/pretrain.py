@@ -106,8 +106,8 @@ class Pretraining(Method[PackedRow]):
         return {"shards": torch.tensor(list(bytes.fromhex(self.shards.manifest.digest)), dtype=torch.float32)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when the shards are others than this run began with."""
-        if state["shards"].tolist() != self.state()["shards"].tolist():
+        """Raises ValueError when the shards are others than this run began with; what was imported has no state."""
+        if state and state["shards"].tolist() != self.state()["shards"].tolist():
             raise ValueError(
                 f"data.tokens: {self.shards.directory} is not what this run began with; put the old shards back, or "
                 "set resume=never"

@@ -121,6 +121,10 @@ class Checkpoints(Section):
     keep_last: PositiveInt = 2
     keep_every: CountInt = Field(default=0, description="also keep every checkpoint whose step is a multiple; 0 none")
     background: bool = Field(default=True, description="write while training goes on")
+    max_mb_per_s: CountInt = Field(
+        default=0,
+        description="a rank writes no faster in the background, where disk, network or cores are training's too; 0 off",
+    )
 
 
 class Health(Section):

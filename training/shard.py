@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .direct import PAGE_BYTES, DirectFile, aligned
+from .direct import PAGE_BYTES, DirectFile, Pace, aligned
 from .manifest import Damage, FileHash, fsync_path
 from .syndrome import PIECE_BYTES
 
@@ -82,10 +82,10 @@ class ShardImage:
     def _hash_until(self, end: int) -> None:
         self._digest.update(self._memory[self._digest.bytes : end - end % PIECE_BYTES])
 
-    def write(self, path: Path) -> dict[str, Any]:
+    def write(self, path: Path, pace: Pace | None = None) -> dict[str, Any]:
         """Write it to a new file and sync that; return its entry for the manifest."""
         self._digest.update(self._memory[self._digest.bytes :])
-        with DirectFile(path) as file:
+        with DirectFile(path, pace) as file:
             file.write(self._memory)
         fsync_path(path.parent)
         return self._digest.entry()

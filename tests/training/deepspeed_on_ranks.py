@@ -15,16 +15,19 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import save_file
 from shipyard.training.deepspeed_files import export_deepspeed, import_deepspeed
 from shipyard.training.exit_code import told
+from shipyard.training.experts import BIAS
 from torch import nn
 
 
 class Odd(nn.Module):
-    """Sizes that no number of ranks divides, two groups of parameters, and frozen weights."""
+    """Sizes that no number of ranks divides, two groups of parameters, frozen weights, and a router's bias."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3, bias=False)
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.gate = nn.Identity()
+        self.gate.register_buffer(BIAS, torch.zeros(4))
 
     def forward(self, x_BI: torch.Tensor) -> torch.Tensor:
         return self.frozen(self.second(self.norm(self.first(x_BI)))).pow(2).sum()
@@ -62,6 +65,7 @@ def held(engine: Any, path: Path) -> None:
             tensors[f"{part}/{name}"] = tensor.detach().clone()
     steps = {int(state["step"]) for state in engine.optimizer.optimizer.state.values()}
     assert len(steps) == 1, steps
+    tensors |= {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
     tensors["steps"] = torch.tensor([steps.pop(), engine.global_steps])
     if dist.get_rank() == 0:
         save_file(tensors, path)
@@ -79,6 +83,7 @@ def stages(out: Path) -> None:
         torch.manual_seed(0)
         engine = start(Odd(), stage, universal=False)
         train(engine, range(3))
+        engine.module.gate.get_buffer(BIAS).copy_(torch.tensor([0.003, -0.001, 0.002, -0.004]) * stage)
         engine.save_checkpoint(str(out / f"zero{stage}"))
         held(engine, out / f"zero{stage}.safetensors")
         if dist.get_rank() == 0:
@@ -88,6 +93,9 @@ def stages(out: Path) -> None:
         torch.manual_seed(0)  # the frozen weights are not in a checkpoint of ours
         other = start(Odd(), 1 + stage % 3, universal=True)
         other.load_checkpoint(str(out / f"universal{stage}"))
+        (states,) = (out / f"universal{stage}").glob("*/mp_rank_00_model_states.pt")
+        saved = torch.load(states, weights_only=True)
+        other.module.load_state_dict({name: saved["module"][name] for name in saved["buffer_names"]}, strict=False)
         held(other, out / f"loaded{stage}.safetensors")
         # ZeRO-3 of DeepSpeed 0.19 gives all groups one and the same count, which each then counts up.
         for state in other.optimizer.optimizer.state.values():

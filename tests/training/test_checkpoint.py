@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,6 +188,24 @@ def test_a_copy_that_fails_is_a_save_that_failed(straight, tmp_path: Path, monke
         train(load_recipe(straight[0], [f"run_dir={tmp_path}"]))
     assert sorted(committed(tmp_path)) == [1, 2]
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_slow_save_makes_haste_when_it_is_waited_for(tmp_path: Path, monkeypatch) -> None:
+    """At 1 MB/s a save of 400 MB takes seven minutes: it is on its way until somebody asks how it went."""
+    weights = torch.randn(100_000_000)
+    fragment = Fragment("w", (len(weights),), 0, {"value": weights})
+    engine: Any = SimpleNamespace(updates=1, fragments=lambda: [fragment])
+    saver = Saver(Ranks(0, 1, torch.device("cpu")), tmp_path, Checkpoints(max_mb_per_s=1), 10.0)
+    saver.save(engine, 1, {}, {})
+    saver.settle()
+    time.sleep(2.0)
+    assert saver.on_its_way
+    assert not committed(tmp_path)
+    asked = threading.Thread(target=saver.finish, daemon=True)
+    asked.start()
+    asked.join(300)
+    assert not asked.is_alive()
+    assert torch.equal(StoredFragments(tmp_path / "step-000001").whole()["w"], weights)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from shipyard.serving.export import export
-from shipyard.training.checkpoint import committed
+from shipyard.training.checkpoint import METHOD, committed
 from shipyard.training.deepspeed_files import STAGES, _load, import_deepspeed
+from shipyard.training.experts import buffers_of_state
 from shipyard.training.manifest import verify
 from shipyard.training.shard import StoredFragments
 
@@ -31,6 +32,7 @@ def assert_as_held(step: Path, held: Path) -> None:
     assert [manifest.about["updates"], manifest.about["step"]] == told.pop("steps").tolist()
     stored = StoredFragments(step)
     ours = {f"{part}/{name}": tensor for part in PARTS for name, tensor in stored.whole(part).items()}
+    ours |= buffers_of_state(load_file(step / METHOD))
     assert ours.keys() == told.keys()
     for key, tensor in ours.items():
         assert tensor.equal(told[key]), key
@@ -38,7 +40,8 @@ def assert_as_held(step: Path, held: Path) -> None:
 
 
 def test_every_bit_comes_in(saved: Path) -> None:
-    """Weights, both moments and both counts are what the engine held, from all three stages, paddings left out."""
+    """Weights, both moments, a router's bias and both counts are what the engine held, from all three stages; paddings
+    are left out."""
     for stage in (1, 2, 3):
         assert_as_held(saved / f"run{stage}" / "step-000003", saved / f"zero{stage}.safetensors")
         assert verify(saved / f"run{stage}" / "step-000003").about["engine"] == f"zero{stage}"
@@ -125,6 +128,11 @@ def test_what_is_not_whole_is_refused_in_a_line(saved: Path, tmp_path: Path) -> 
     tree["optimizer_state_dict"]["param_slice_mappings"][0].popitem()
     torch.save(tree, second)
     refused(r"holds \d+ of 15 elements of second.weight")
+    second = fresh()
+    first = next(second.parent.glob("*mp_rank_00_model_states.pt"))
+    tree = torch.load(first, weights_only=False)
+    torch.save({**tree, "module": {**tree["module"], "norm.mean": torch.ones(1)}, "buffer_names": ["norm.mean"]}, first)
+    refused("holds the buffer norm.mean, for which we have no place")
     source = saved
     refused("holds no .* of DeepSpeed ZeRO")
     with pytest.raises(ValueError, match="is not empty; name a new run directory"):

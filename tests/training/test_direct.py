@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from shipyard.training import direct
-from shipyard.training.direct import PAGE_BYTES, WRITE_BYTES, DirectFile, aligned
+from shipyard.training.direct import PAGE_BYTES, WRITE_BYTES, DirectFile, Pace, aligned
 from shipyard.training.manifest import BLOCK_BYTES, disk_is_full, hash_file
 from shipyard.training.shard import ShardImage, write_shard
 
@@ -84,6 +85,21 @@ def test_a_file_is_synced_when_all_of_it_is_there(tmp_path: Path, monkeypatch: p
         file.write(memory(PAGE_BYTES))
         raise KeyError
     assert len(synced) == 1
+
+
+def test_a_pace_is_kept_until_there_is_a_hurry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight pieces at twenty a second wait for seven of them; at one in a month nothing waits once there is a hurry."""
+    monkeypatch.setattr(direct, "WRITE_BYTES", STAGE)
+    data, began = memory(8 * STAGE), time.monotonic()
+    with DirectFile(folder / "x", Pace(20 * STAGE)) as file:
+        file.write(data)
+    assert time.monotonic() - began >= 7 / 20
+    assert (folder / "x").read_bytes() == data
+    slow = Pace(1)
+    threading.Timer(0.1, slow.hurry.set).start()
+    with DirectFile(folder / "x", slow) as file:
+        file.write(data)
+    assert (folder / "x").read_bytes() == data
 
 
 def test_what_is_written_stays_out_of_the_page_cache(tmp_path: Path) -> None:

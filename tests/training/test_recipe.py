@@ -72,6 +72,7 @@ KNOBS = [
     "checkpoints.keep_last",
     "checkpoints.keep_every",
     "checkpoints.background",
+    "checkpoints.max_mb_per_s",
     "health.on_bad_step",
     "health.spike_factor",
     "health.heartbeat_s",
