@@ -87,14 +87,16 @@ def _exact_tile(arch: str, part: str, wide: int) -> Tile:
     if part == "keys":
         return Tile(32, 16 if arch == "sm_120" or (NEWER and wide <= 64) else 32, 8, 1)
     if wide == 256:
-        return Tile(16, 16, 8, 2 if arch == "sm_100" and not NEWER else 1)
+        return Tile(16, 16, 8, 1)
     return Tile(16 if arch in ("sm_89", "sm_120") and wide == 96 else 32, 32, 8, 1)
 
 
-def exact_slice(arch: str, width: int, value_width: int) -> int:
-    """Multiply-adds in one chain of fp32's products over the head, forward and for dQ. Sixteen round as little as a
-    good library's; on a B200 the first Triton pairs them up at width 256 and spills, whatever the tile."""
-    return 128 if arch == "sm_100" and max(width, value_width) == 256 and not NEWER else 16
+def keys_passes(arch: str, width: int, value_width: int, dtype: torch.dtype) -> dict[str, dict[str, bool]]:
+    """The launches that make dK and dV by their names, and which of the two each makes. In fp32 at width 256 both would
+    fill an NVIDIA card's registers: a launch each, for a quarter more products."""
+    if is_exact(dtype) and max(width, value_width) == 256 and not arch.startswith("gfx"):
+        return {"keys": dict(KEYS=True, VALUES=False), "values": dict(KEYS=False, VALUES=True)}
+    return {"keys": dict(KEYS=True, VALUES=True)}
 
 
 def _forward_tile(arch: str, wide: int) -> Tile:
@@ -292,8 +294,8 @@ class _Attention(torch.autograd.Function):
             exact_attention_kernel[(places(tokens, documents, shape.queries), heads)](
                 q, k, v, lse if sinks is None else sinks, out, lse, inverse, cu_q, cu_k, documents, *q.stride()[:2],
                 *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], tokens, features.window or 0,
-                heads // k.shape[1], SLICE=exact_slice(arch, width, v.shape[2]), BM=shape.queries, BN=shape.keys,
-                SINKS=sinks is not None, num_warps=shape.warps, num_stages=shape.stages, **switches,
+                heads // k.shape[1], BM=shape.queries, BN=shape.keys, SINKS=sinks is not None, num_warps=shape.warps,
+                num_stages=shape.stages, **switches,
             )  # fmt: skip
         elif tokens and documents > 0:
             engine = boxed and k.shape[0] > 0  # it knows no empty tensor
@@ -328,16 +330,16 @@ class _Attention(torch.autograd.Function):
         if q.shape[0] and documents > 0:
             query_kernel[(places(q.shape[0], documents, shape.queries), q.shape[1])](
                 q, k, v, dout, lse, inverse, delta, dq, cu_q, cu_k, documents, *shared, *dq.stride()[:2], *numbers,
-                SLICE=exact_slice(arch, q.shape[2], v.shape[2]), BM=shape.queries, BN=shape.keys,
-                num_warps=shape.warps, num_stages=shape.stages, SCALE=features.scale, **switches,
+                BM=shape.queries, BN=shape.keys, num_warps=shape.warps, num_stages=shape.stages, SCALE=features.scale,
+                **switches,
             )  # fmt: skip
         shape = ctx.tile or attention_tile(arch, "keys", q.shape[2], v.shape[2], q.dtype)
-        if k.shape[0] and documents > 0:
+        passes = keys_passes(arch, q.shape[2], v.shape[2], q.dtype) if k.shape[0] and documents > 0 else {}
+        for makes in passes.values():
             key_value_kernel[(places(k.shape[0], documents, shape.keys), k.shape[1])](
                 q, k, v, dout, lse, inverse, delta, dk, dv, cu_q, cu_k, documents, *shared, *dk.stride()[:2],
-                *dv.stride()[:2], *numbers,
-                BM=shape.queries, BN=shape.keys, num_warps=shape.warps, num_stages=shape.stages,
-                SCALE=features.scale, **switches,
+                *dv.stride()[:2], *numbers, BM=shape.queries, BN=shape.keys, num_warps=shape.warps,
+                num_stages=shape.stages, SCALE=features.scale, **makes, **switches,
             )  # fmt: skip
         _zero_slack(dq, cu_q)
         _zero_slack(dk, cu_k)

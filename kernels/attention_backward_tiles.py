@@ -3,7 +3,15 @@
 Notation as in `attention_tiles.py`. `lse` is in base 2, so p = exp2(s * c - lse) needs no maximum.
 """
 
-from .attention_exact_tiles import add_term, bend_scores, multiply, multiply_slices, raise_difference, read_again
+from .attention_exact_tiles import (
+    add_slices,
+    add_term,
+    bend_scores,
+    multiply,
+    multiply_slices,
+    raise_difference,
+    read_again,
+)
 from .attention_tiles import (
     key_bounds,
     load_rows,
@@ -27,13 +35,13 @@ def probabilities(s, row_lse, row_inverse, C: tl.constexpr, C_LOW: tl.constexpr,
 
 @jit
 def first_product(a, b, WIDTH: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr, AGAIN: tl.constexpr,
-                  PRECISION: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr):  # fmt: skip
+                  PRECISION: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """a b^T over WIDTH columns. With AGAIN, a is where its rows are, of which these are columns FIRST..: what is read
     anew for each tile needs no registers in between."""
-    if AGAIN:
-        return multiply_slices(read_again(a, WIDTH, FIRST), b, WIDTH, COMPUTE, SLICE)
-    elif EXACT:
-        return multiply_slices(a, b, WIDTH, COMPUTE, SLICE)
+    if EXACT:
+        if AGAIN:
+            a = read_again(a, WIDTH, FIRST)
+        return multiply_slices(a, b, WIDTH, COMPUTE)
     else:
         zeros = tl.zeros([a.shape[0], b.shape[0]], COMPUTE)
         return tl.dot(a, tl.trans(b), zeros, input_precision=PRECISION, out_dtype=COMPUTE)
@@ -41,23 +49,21 @@ def first_product(a, b, WIDTH: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.cons
 
 @jit
 def next_product(acc, a, b, WIDTH: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr, AGAIN: tl.constexpr,
-                 PRECISION: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr):  # fmt: skip
+                 PRECISION: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """acc + a b^T, likewise."""
     if EXACT:
-        return acc + first_product(a, b, WIDTH, FIRST, EXACT, AGAIN, PRECISION, COMPUTE, SLICE)
+        if AGAIN:
+            a = read_again(a, WIDTH, FIRST)
+        return add_slices(acc, a, b, WIDTH, COMPUTE)
     else:
         return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, out_dtype=COMPUTE)  # pyright: ignore
 
 
 @jit
-def grow(acc, lost, a, b, WIDE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
-    """acc + a b, and with EXACT what rounding takes from that sum over the tiles, where that is not too WIDE for a
-    thread's registers."""
+def grow(acc, lost, a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
+    """acc + a b, and with EXACT what rounding takes from that sum over the tiles."""
     if EXACT:
-        if WIDE:
-            return acc + multiply(a, b, COMPUTE), lost
-        else:
-            return add_term(acc, lost, multiply(a, b, COMPUTE))
+        return add_term(acc, lost, multiply(a, b, COMPUTE))
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=COMPUTE), lost  # pyright: ignore
 
@@ -77,12 +83,12 @@ def key_value_tiles(
     n0, low, high, q_length, k_length, offset, window, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr,
     INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr, KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Adds query tiles [low, high) of one head to dK and dV; everything is transposed, keys down, queries across."""
-    AGAIN: tl.constexpr = EXACT and D1 + D2 >= 128 and D1 + D2 < 256
-    WIDE: tl.constexpr = D1 + D2 >= 256
-    SLICE: tl.constexpr = 128 if WIDE else 16  # pyright: ignore
+    """Adds query tiles [low, high) of one head to dK (with KEYS) and dV (with VALUES); everything is transposed, keys
+    down, queries across."""
+    AGAIN: tl.constexpr = EXACT and D1 + D2 >= 128
     ldk1, ldk2, ldv1, ldv2 = lost
     keys = (n0 + tl.arange(0, BN))[:, None]
     rows = tl.arange(0, BM)
@@ -91,10 +97,10 @@ def key_value_tiles(
     for m in range(low, high, BM):
         left = q_length - m
         q1 = load_rows(q_tile, rows, left, q_t, D1, 0, EDGE)
-        s = first_product(k1, q1, D1, 0, EXACT, AGAIN, PRECISION, COMPUTE, SLICE)
+        s = first_product(k1, q1, D1, 0, EXACT, AGAIN, PRECISION, COMPUTE)
         if D2 > 0:
             q2 = load_rows(q_tile, rows, left, q_t, D2, D1, EDGE)
-            s = next_product(s, k2, q2, D2, D1, EXACT, AGAIN, PRECISION, COMPUTE, SLICE)
+            s = next_product(s, k2, q2, D2, D1, EXACT, AGAIN, PRECISION, COMPUTE)
         if EDGE:
             row_lse = tl.load(lse + m + rows, mask=rows < left, other=float("inf"))
             row_inverse = row_lse
@@ -115,19 +121,24 @@ def key_value_tiles(
             p = tl.where(visible(last, keys, last + 1, window, CAUSAL, WINDOW), p, 0.0)
         do1 = load_rows(do_tile, rows, left, do_t, E1, 0, EDGE)
         low_p = p.to(dout.dtype.element_ty)
-        dv1, ldv1 = grow(dv1, ldv1, low_p, do1, WIDE, EXACT, PRECISION, COMPUTE)
-        dp = first_product(v1, do1, E1, 0, EXACT, AGAIN, PRECISION, COMPUTE, SLICE)
+        if VALUES:
+            dv1, ldv1 = grow(dv1, ldv1, low_p, do1, EXACT, PRECISION, COMPUTE)
+        if KEYS:
+            dp = first_product(v1, do1, E1, 0, EXACT, AGAIN, PRECISION, COMPUTE)
         if E2 > 0:
             do2 = load_rows(do_tile, rows, left, do_t, E2, E1, EDGE)
-            dv2, ldv2 = grow(dv2, ldv2, low_p, do2, WIDE, EXACT, PRECISION, COMPUTE)
-            dp = next_product(dp, v2, do2, E2, E1, EXACT, AGAIN, PRECISION, COMPUTE, SLICE)
-        ds = p * (dp - row_delta[None, :])
-        if SOFTCAP:
-            ds = ds * slope
-        low_ds = ds.to(q.dtype.element_ty)
-        dk1, ldk1 = grow(dk1, ldk1, low_ds, q1, WIDE, EXACT, PRECISION, COMPUTE)
-        if D2 > 0:
-            dk2, ldk2 = grow(dk2, ldk2, low_ds, q2, WIDE, EXACT, PRECISION, COMPUTE)
+            if VALUES:
+                dv2, ldv2 = grow(dv2, ldv2, low_p, do2, EXACT, PRECISION, COMPUTE)
+            if KEYS:
+                dp = next_product(dp, v2, do2, E2, E1, EXACT, AGAIN, PRECISION, COMPUTE)
+        if KEYS:
+            ds = p * (dp - row_delta[None, :])
+            if SOFTCAP:
+                ds = ds * slope
+            low_ds = ds.to(q.dtype.element_ty)
+            dk1, ldk1 = grow(dk1, ldk1, low_ds, q1, EXACT, PRECISION, COMPUTE)
+            if D2 > 0:
+                dk2, ldk2 = grow(dk2, ldk2, low_ds, q2, EXACT, PRECISION, COMPUTE)
         q_tile += BM * q_t
         do_tile += BM * do_t
     return dk1, dk2, dv1, dv2, (ldk1, ldk2, ldv1, ldv2)
@@ -140,9 +151,10 @@ def key_value_kernel(
     SCALE: tl.constexpr, C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr,
     CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    COMPUTE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """One program makes BN rows of dK and dV of one key head, adding up the query heads of its group in order."""
+    """One program makes BN rows of dK (with KEYS) and dV (with VALUES) of one key head, adding up the query heads of
+    its group in order."""
     kv_head = tl.program_id(1)
     document, k_start, k_length, n0 = tile_of(cu_k, documents, BN)
     q_start = tl.load(cu_q + document).to(tl.int64)
@@ -163,7 +175,7 @@ def key_value_kernel(
         v2 = load_rows(v, rows, k_length, v_t, E2, E1, True)
         dv2 = tl.zeros([BN, E2], COMPUTE)
     lost = (dk1, dk2, dv1, dv2)  # where EXACT: what rounding took from them
-    if EXACT and D1 + D2 >= 128 and D1 + D2 < 256:  # AGAIN
+    if EXACT and D1 + D2 >= 128:  # AGAIN
         k1, v1 = (k, rows, k_length, k_t), (v, rows, k_length, v_t)
         k2, v2 = k1, v1
     low, diagonal, plain, plain_end, edge, high = query_bounds(n0, q_length, offset, window, BM, BN, CAUSAL, WINDOW)
@@ -179,25 +191,27 @@ def key_value_kernel(
         if CAUSAL:
             dk1, dk2, dv1, dv2, lost = key_value_tiles(
                 dk1, dk2, dv1, dv2, lost, k1, k2, v1, v2, q_head, do_head, lse_head, inverse_head, delta_head, q_t,
-                do_t, n0, low, diagonal, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
-                D1, D2, E1, E2, BM, BN, True, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+                do_t, n0, low, diagonal, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1,
+                E2, BM, BN, True, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE, KEYS, VALUES)  # fmt: skip
         dk1, dk2, dv1, dv2, lost = key_value_tiles(
             dk1, dk2, dv1, dv2, lost, k1, k2, v1, v2, q_head, do_head, lse_head, inverse_head, delta_head, q_t, do_t,
-            n0, plain, plain_end, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
-            D1, D2, E1, E2, BM, BN, False, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+            n0, plain, plain_end, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1,
+            E2, BM, BN, False, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE, KEYS, VALUES)  # fmt: skip
         dk1, dk2, dv1, dv2, lost = key_value_tiles(
             dk1, dk2, dv1, dv2, lost, k1, k2, v1, v2, q_head, do_head, lse_head, inverse_head, delta_head, q_t, do_t,
-            n0, edge, high, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP,
-            D1, D2, E1, E2, BM, BN, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
+            n0, edge, high, q_length, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1,
+            E2, BM, BN, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE, KEYS, VALUES)  # fmt: skip
     dk += k_start * dk_t + kv_head.to(tl.int64) * dk_h
     dv += k_start * dv_t + kv_head.to(tl.int64) * dv_h
     if EXACT:
         dk1, dk2, dv1, dv2 = dk1 + lost[0], dk2 + lost[1], dv1 + lost[2], dv2 + lost[3]
-    store_rows(dk, rows, k_length, dk_t, dk1 * SCALE, D1, 0)
-    store_rows(dv, rows, k_length, dv_t, dv1, E1, 0)
-    if D2 > 0:
+    if KEYS:
+        store_rows(dk, rows, k_length, dk_t, dk1 * SCALE, D1, 0)
+    if VALUES:
+        store_rows(dv, rows, k_length, dv_t, dv1, E1, 0)
+    if KEYS and D2 > 0:
         store_rows(dk, rows, k_length, dk_t, dk2 * SCALE, D2, D1)
-    if E2 > 0:
+    if VALUES and E2 > 0:
         store_rows(dv, rows, k_length, dv_t, dv2, E2, E1)
 
 
@@ -208,7 +222,6 @@ def query_tiles(
     CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, ONLY_DELTA: tl.constexpr, MASKED: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
-    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Adds key tiles [low, high) to dQ, or with ONLY_DELTA to delta = sum(p * dp)."""
     AGAIN: tl.constexpr = EXACT and D1 + D2 >= 192
@@ -219,10 +232,10 @@ def query_tiles(
     v_tile = v + tl.cast(low, tl.int64) * v_t
     for n in range(low, high, BN):
         k1 = load_rows(k_tile, columns, k_length - n, k_t, D1, 0, EDGE)
-        s = first_product(q1, k1, D1, 0, EXACT, AGAIN, PRECISION, COMPUTE, SLICE)
+        s = first_product(q1, k1, D1, 0, EXACT, AGAIN, PRECISION, COMPUTE)
         if D2 > 0:
             k2 = load_rows(k_tile, columns, k_length - n, k_t, D2, D1, EDGE)
-            s = next_product(s, q2, k2, D2, D1, EXACT, AGAIN, PRECISION, COMPUTE, SLICE)
+            s = next_product(s, q2, k2, D2, D1, EXACT, AGAIN, PRECISION, COMPUTE)
         if SOFTCAP:
             s, slope = bend_tile(s, INNER, CAP, EXACT, COMPUTE)
         p = probabilities(s, row_lse[:, None], row_inverse[:, None], C, C_LOW, EXACT, COMPUTE)
@@ -230,10 +243,10 @@ def query_tiles(
             keep = visible(last - n, columns[None, :], k_length - n, window, CAUSAL, WINDOW)
             p = tl.where(keep, p, 0.0)
         v1 = load_rows(v_tile, columns, k_length - n, v_t, E1, 0, EDGE)
-        dp = first_product(do1, v1, E1, 0, EXACT, AGAIN, PRECISION, COMPUTE, SLICE)
+        dp = first_product(do1, v1, E1, 0, EXACT, AGAIN, PRECISION, COMPUTE)
         if E2 > 0:
             v2 = load_rows(v_tile, columns, k_length - n, v_t, E2, E1, EDGE)
-            dp = next_product(dp, do2, v2, E2, E1, EXACT, AGAIN, PRECISION, COMPUTE, SLICE)
+            dp = next_product(dp, do2, v2, E2, E1, EXACT, AGAIN, PRECISION, COMPUTE)
         if ONLY_DELTA:
             row_delta, ldelta = add_term(row_delta, ldelta, tl.sum(p * dp, 1))
         else:
@@ -241,9 +254,9 @@ def query_tiles(
             if SOFTCAP:
                 ds = ds * slope
             low_ds = ds.to(k.dtype.element_ty)
-            dq1, ldq1 = grow(dq1, ldq1, low_ds, k1, False, EXACT, PRECISION, COMPUTE)
+            dq1, ldq1 = grow(dq1, ldq1, low_ds, k1, EXACT, PRECISION, COMPUTE)
             if D2 > 0:
-                dq2, ldq2 = grow(dq2, ldq2, low_ds, k2, False, EXACT, PRECISION, COMPUTE)
+                dq2, ldq2 = grow(dq2, ldq2, low_ds, k2, EXACT, PRECISION, COMPUTE)
         k_tile += BN * k_t
         v_tile += BN * v_t
     return dq1, dq2, row_delta, (ldq1, ldq2, ldelta)
@@ -256,27 +269,26 @@ def query_sweep(
     EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr,
     E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ONLY_DELTA: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
-    SLICE: tl.constexpr,
 ):  # fmt: skip
     """The ranges of `key_bounds`, one after the other."""
     if WINDOW:
         dq1, dq2, row_delta, lost = query_tiles(
             dq1, dq2, lost, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, low,
             tl.minimum(plain, high), k_length, offset, window, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN,
-            ONLY_DELTA, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE, SLICE)  # fmt: skip
+            ONLY_DELTA, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     dq1, dq2, row_delta, lost = query_tiles(
         dq1, dq2, lost, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, plain, plain_end,
         k_length, offset, window, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN,
-        ONLY_DELTA, False, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE, SLICE)  # fmt: skip
+        ONLY_DELTA, False, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     if CAUSAL:
         dq1, dq2, row_delta, lost = query_tiles(
             dq1, dq2, lost, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, plain_end, edge,
             k_length, offset, window, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN,
-            ONLY_DELTA, True, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE, SLICE)  # fmt: skip
+            ONLY_DELTA, True, False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     dq1, dq2, row_delta, lost = query_tiles(
         dq1, dq2, lost, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, edge, high,
         k_length, offset, window, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN,
-        ONLY_DELTA, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE, SLICE)  # fmt: skip
+        ONLY_DELTA, True, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     return dq1, dq2, row_delta, lost
 
 
@@ -287,7 +299,6 @@ def query_kernel(
     C: tl.constexpr, C_LOW: tl.constexpr, EXACT: tl.constexpr, INNER: tl.constexpr, CAP: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, COMPUTE: tl.constexpr,
-    SLICE: tl.constexpr,
 ):  # fmt: skip
     """One program makes BM rows of dQ of one head of one document."""
     head = tl.program_id(1)
@@ -328,13 +339,13 @@ def query_kernel(
         dq1, dq2, row_delta, lost = query_sweep(
             dq1, dq2, lost, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, low,
             plain, plain_end, edge, high, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM,
-            BN, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE, SLICE)  # fmt: skip
+            BN, True, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
         row_delta += lost[2]
         tl.store(delta + at, row_delta, mask=rows < q_length)
     dq1, dq2, row_delta, lost = query_sweep(
         dq1, dq2, lost, q1, q2, do1, do2, row_lse, row_inverse, row_delta, k, v, k_t, v_t, m0, low,
         plain, plain_end, edge, high, k_length, offset, window, C, C_LOW, EXACT, INNER, CAP, D1, D2, E1, E2, BM, BN,
-        False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE, SLICE)  # fmt: skip
+        False, CAUSAL, WINDOW, SOFTCAP, PRECISION, COMPUTE)  # fmt: skip
     if EXACT:
         dq1, dq2 = dq1 + lost[0], dq2 + lost[1]
     dq += q_start * dq_t + head.to(tl.int64) * dq_h

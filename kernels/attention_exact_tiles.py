@@ -97,16 +97,31 @@ def multiply(a, b, COMPUTE: tl.constexpr):
 
 
 @jit
-def multiply_slices(a, b, WIDTH: tl.constexpr, COMPUTE: tl.constexpr, SLICE: tl.constexpr):
-    """a b^T over their WIDTH columns in chains of SLICE multiply-adds, whose sums are added in pairs. Each slice takes
-    every second, fourth ... column: what a thread has loaded side by side it parts without asking another thread."""
-    if WIDTH <= SLICE:
+def multiply_slices(a, b, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):
+    """a b^T over their WIDTH columns in chains of 16 multiply-adds, which round as little as a good library's, their
+    sums added in pairs. Each slice takes every second, fourth ... column: what a thread has loaded side by side it
+    parts without asking another thread."""
+    if WIDTH <= 16:
         return multiply(a, tl.trans(b), COMPUTE)
     else:
         a1, a2 = tl.split(tl.reshape(a, [a.shape[0], WIDTH // 2, 2]))
         b1, b2 = tl.split(tl.reshape(b, [b.shape[0], WIDTH // 2, 2]))
-        near = multiply_slices(a1, b1, WIDTH // 2, COMPUTE, SLICE)
-        return near + multiply_slices(a2, b2, WIDTH // 2, COMPUTE, SLICE)
+        near = multiply_slices(a1, b1, WIDTH // 2, COMPUTE)
+        return near + multiply_slices(a2, b2, WIDTH // 2, COMPUTE)
+
+
+@jit
+def add_slices(acc, a, b, WIDTH: tl.constexpr, COMPUTE: tl.constexpr):
+    """acc + a b^T, likewise. A wide product is added half by half: of two equal trees of sums LLVM makes one of pairs
+    (sm_100's FFMA2 under Triton 3.7.1), which holds every factor of the first until it has all of the second, and
+    spills."""
+    if WIDTH < 128:
+        return acc + multiply_slices(a, b, WIDTH, COMPUTE)
+    else:
+        a1, a2 = tl.split(tl.reshape(a, [a.shape[0], WIDTH // 2, 2]))
+        b1, b2 = tl.split(tl.reshape(b, [b.shape[0], WIDTH // 2, 2]))
+        acc += multiply_slices(a1, b1, WIDTH // 2, COMPUTE)
+        return acc + multiply_slices(a2, b2, WIDTH // 2, COMPUTE)
 
 
 @jit
@@ -137,7 +152,7 @@ def exact_attention_kernel(
     v_t: tl.constexpr, v_h, o_t, o_h, lse_h, window, group, INNER: tl.constexpr, CAP: tl.constexpr, C: tl.constexpr,
     C_LOW: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    COMPUTE: tl.constexpr, SLICE: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program makes BM rows of one head of one document."""
     head = tl.program_id(1)
@@ -164,9 +179,9 @@ def exact_attention_kernel(
     columns = tl.arange(0, BN)
     for n in range(low, tl.where(m0 < q_length, high, low), BN):
         key = n + columns
-        s = multiply_slices(q1, load_rows(k, key, k_length, k_t, D1, 0, True), D1, COMPUTE, SLICE)
+        s = multiply_slices(q1, load_rows(k, key, k_length, k_t, D1, 0, True), D1, COMPUTE)
         if D2 > 0:
-            s += multiply_slices(q2, load_rows(k, key, k_length, k_t, D2, D1, True), D2, COMPUTE, SLICE)
+            s = add_slices(s, q2, load_rows(k, key, k_length, k_t, D2, D1, True), D2, COMPUTE)
         if SOFTCAP:
             s = bend_scores(s, INNER, CAP, COMPUTE)[0]
         keep = visible((rows + offset)[:, None], key[None, :], k_length, window, CAUSAL, WINDOW)

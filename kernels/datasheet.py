@@ -142,7 +142,9 @@ def _roofline(arch: str, instructions: int, configuration: Configuration) -> flo
     assert configuration.tile is not None
     width, value_width = configuration.widths
     scores = configuration.tile.queries * configuration.tile.keys
-    products = {"forward": width + value_width, "keys": 2 * (width + value_width), "queries": 2 * width + value_width}
+    both = configuration.constants.get("VALUES") and configuration.part == "keys"
+    products = {"forward": width + value_width, "keys": 2 * width + (2 if both else 1) * value_width,
+                "values": width + value_width, "queries": 2 * width + value_width}  # fmt: skip
     half = configuration.dtype != torch.float32
     speed = MATRIX_FLOPS_A_CLOCK[arch] if half else FP32_FLOPS_A_CLOCK.get(arch, 256)
     matrix = 2 * scores * products[configuration.part] / speed

@@ -223,7 +223,7 @@ causal mask needs; the backward pass makes the scores twice, once for dQ and onc
   little.
 - *hot loops*: instructions a warp (wave on AMD) issues for one tile. `window` is the edge of a sliding window, `edge`
   the last tile of a row; fp32 dQ makes delta in a sweep of its own. fp32 runs on fused multiply-adds, outside the
-  tensor cores.
+  tensor cores; at width 256 NVIDIA's cards make dK (`keys`) and dV (`values`) in a launch each.
 - *128-bit bytes*: share of the global bytes that 128-bit accesses move; the rest are row terms such as the log-sum-exp.
 - *roofline*: a **model, unmeasured**: matrix clocks over the longest of matrix, exp2 and issue clocks of an unmasked
   tile, perfectly overlapped, at {flops} FLOP a clock and SM on sm_90, and so on.

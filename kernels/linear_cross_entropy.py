@@ -237,7 +237,7 @@ def logit_tile(
         x_tile = tl.load(x + t[:, None] * WIDTH + d[None, :], mask=(t < tokens)[:, None] & inside, other=0.0)
         w_tile = tl.load(weight + v[:, None] * WIDTH + d[None, :], mask=(v < vocabulary)[:, None] & inside, other=0.0)
         if x.dtype.element_ty == tl.float32:
-            logits, rest = add_term(logits, rest, multiply_slices(x_tile, w_tile, BD, COMPUTE, 16))
+            logits, rest = add_term(logits, rest, multiply_slices(x_tile, w_tile, BD, COMPUTE))
         else:
             logits = tl.dot(x_tile, tl.trans(w_tile), logits, input_precision=PRECISION, out_dtype=COMPUTE)
     if x.dtype.element_ty == tl.float32:

@@ -19,7 +19,7 @@ from .jit import exponent, next_power_of_2, tl
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 WIDTHS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))
-PARTS = {"forward": attention_kernel, "keys": key_value_kernel, "queries": query_kernel}
+PARTS = {"forward": attention_kernel, "keys": key_value_kernel, "values": key_value_kernel, "queries": query_kernel}
 KINDS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 VARIANTS = ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False), (torch.float32, False))
 HEADS = 8  # key heads of the assumed layout (tokens, heads, width): strides are compile-time constants
@@ -49,7 +49,8 @@ def attention_configuration(
 ) -> Configuration:  # fmt: skip
     """One pass of causal attention; `features` adds window, softcap and sinks; `tile` overrides what is shipped."""
     width, value_width = widths
-    tile = tile or attention.attention_tile(arch, part, width, value_width, dtype)
+    passes = attention.keys_passes(arch, width, value_width, dtype)
+    tile = tile or attention.attention_tile(arch, "keys" if part in passes else part, width, value_width, dtype)
     (d1, d2), (e1, e2) = (attention.width_parts(w, dtype) for w in widths)
     exact, cap = dtype == torch.float32, 30.0 if features else 0.0
     constants = dict(
@@ -59,7 +60,7 @@ def attention_configuration(
         INNER=width**-0.5 / cap if cap else 0.0, CAP=cap, SCALE=width**-0.5, k_t=HEADS * width, v_t=HEADS * value_width,
     )  # fmt: skip
     boxes = part == "forward" and attention.key_boxes(arch, width, value_width, dtype)
-    constants |= dict(SLICE=attention.exact_slice(arch, width, value_width))
+    constants |= passes.get(part, {})
     constants |= dict(BOXES=boxes, SUMS=attention.BOXED_SUMS if boxes else 1)
     if part != "forward":
         constants |= dict(q_t=HEADS * width, do_t=HEADS * value_width)
@@ -79,7 +80,7 @@ def _loop_names(part: str, exact: bool, window: bool) -> tuple[str, ...]:
     """The hot loops in the order the source has them."""
     if exact and part == "forward":
         return ("plain",)  # one for all tiles
-    if part == "keys":
+    if part in ("keys", "values"):
         return ("diagonal", "plain", "edge")
     names = (("window",) if window else ()) + ("plain", "diagonal", "edge")
     return tuple(f"delta {n}" for n in names) + names if exact and part == "queries" else names
@@ -158,7 +159,7 @@ def configurations(arch: str, widths=WIDTHS, variants=VARIANTS, others: bool = T
     """Everything shipped for one architecture."""
     for pair in widths:
         for dtype, features in variants:
-            for part in PARTS:
+            for part in ("forward", *attention.keys_passes(arch, pair[0], pair[1], dtype), "queries"):
                 yield attention_configuration(arch, part, pair, dtype, features)
     if others:
         yield from other_configurations(arch)

@@ -44,6 +44,8 @@ PRODUCTS: dict[str, tuple[Kind, Flops]] = {
     "attention_kernel": ("attention", _attention_flops(1, 1)),  # q k, p v
     "query_kernel": ("attention", _attention_flops(2, 1)),  # q k again, dout v, dq
     "key_value_kernel": ("attention", _attention_flops(2, 2)),  # q k again, dout v, dk, dv
+    "key_value_kernel KEYS": ("attention", _attention_flops(2, 1)),  # without dv
+    "key_value_kernel VALUES": ("attention", _attention_flops(1, 1)),  # q k again, dv
     "log_prob_kernel": ("matmul", _head_flops),
     "logit_gradient_kernel": ("matmul", _head_flops),
 }
@@ -64,7 +66,9 @@ class _Counted:
         tensors = list({id(each): each for each in arguments if isinstance(each, Tensor)}.values())
         if self.name == "zero_slack_kernel":  # reads where documents end; rows after that are few
             tensors = tensors[1:]
-        kind, flops = PRODUCTS.get(self.name, ("pointwise", lambda *given: 0))
+        made = [name for name in ("KEYS", "VALUES") if switches.get(name)]
+        name = f"{self.name} {made[0]}" if len(made) == 1 else self.name  # of dK and dV only one
+        kind, flops = PRODUCTS.get(name, ("pointwise", lambda *given: 0))
         self.costs.launched(kind, flops(*tensors), sum(each.numel() * each.element_size() for each in tensors))
 
 
