@@ -42,6 +42,7 @@ def _head_flops(x_TD: Tensor, weight_VD: Tensor, *tensors: Tensor) -> int:
 
 PRODUCTS: dict[str, tuple[Kind, Flops]] = {
     "attention_kernel": ("attention", _attention_flops(1, 1)),  # q k, p v
+    "exact_attention_kernel": ("attention", _attention_flops(1, 1)),  # in fp32
     "query_kernel": ("attention", _attention_flops(2, 1)),  # q k again, dout v, dq
     "key_value_kernel": ("attention", _attention_flops(2, 2)),  # q k again, dout v, dk, dv
     "key_value_kernel KEYS": ("attention", _attention_flops(2, 1)),  # without dv

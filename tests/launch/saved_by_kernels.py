@@ -52,6 +52,10 @@ def launches() -> dict[str, list[int]]:
             lambda q, k, v: flash_attention(q, k, v, cu, causal=False),
             [leaf(256, 2, 64), leaf(256, 1, 64), leaf(256, 1, 64)],
         ),
+        "wide attention": (
+            lambda q, k, v: flash_attention(q, k, v, cu // 2, causal=False),
+            [torch.randn(128, heads, 256, requires_grad=True) for heads in (2, 1, 1)],
+        ),
         "head": (
             lambda x, weight: token_log_probs(x, weight, torch.arange(128)),
             [leaf(128, 64), leaf(512, 64)],

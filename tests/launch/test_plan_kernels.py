@@ -44,6 +44,13 @@ def test_a_launch_costs_what_the_sanitizer_counts(name: str, interpreted: dict[s
     assert planned[2] == pytest.approx(moved, rel=1e-3)  # all borders, and of some launches the first is not read
 
 
+def test_dk_and_dv_in_a_launch_each_cost_what_the_sanitizer_counts(interpreted: dict[str, Any]) -> None:
+    """fp32 at width 256; two heads of 128 tokens over documents of 64. Delta's sweep is not planned."""
+    launches, flops, _, *planned = interpreted["launches"]["wide attention"]
+    delta = 2 * (2 * 128 * 64) * (256 + 256)
+    assert planned[:2] == [launches, flops - delta]
+
+
 def test_a_plan_has_the_path_that_the_loop_would_take() -> None:
     """`auto` is Triton on a card that has run it, where ranks hold whole layers and rows and nothing is compiled."""
     config = {key: value for key, value in CONFIG.items() if key != "num_hidden_layers"}
