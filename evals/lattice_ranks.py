@@ -25,6 +25,8 @@ from ..training.exit_code import told
 
 FRESH_CELLS = 4
 """Compiled models whose programs a process keeps: half of each is the same again, and torch allows a layer 32."""
+CELLS_OF_A_PROCESS = 64
+"""Then new ones take over: after some 200 compiled cells, collecting what they left takes longer than the next."""
 RANKS_YAML = Path(__file__).parent.parent / "launch" / "accelerate" / "ranks.yaml"
 
 
@@ -41,8 +43,9 @@ def train_all(trees: Sequence[dict[str, Any]], world: int, folder: Path) -> Iter
     """Train recipes on `world` processes, in order; yield each as it is done. A list and a log go into `folder`."""
     left = list(trees)
     while left:
+        here = min(len(left), CELLS_OF_A_PROCESS)
         recipes, log = folder / f"recipes-{world}.jsonl", folder / f"ranks-{world}.log"
-        recipes.write_text("".join(json.dumps(tree) + "\n" for tree in left), encoding="utf-8")
+        recipes.write_text("".join(json.dumps(tree) + "\n" for tree in left[:here]), encoding="utf-8")
         command = ranks_command(world, "shipyard.evals.lattice_ranks", str(recipes))
         with log.open("w", encoding="utf-8") as errors:
             ranks = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=ranks_environment())
@@ -54,11 +57,12 @@ def train_all(trees: Sequence[dict[str, Any]], world: int, folder: Path) -> Iter
                         said = json.loads(line)
                         yield Outcome(Path(said["run_dir"]), said["seconds"])
                         left.pop(0)
+                        here -= 1
                         began = time.perf_counter()
                 code = ranks.wait()
             finally:
                 ranks.terminate()
-        if left:
+        if here:
             error = _last_words(log) or f"the ranks ended with exit code {code}"
             yield Outcome(Path(left.pop(0)["run_dir"]), time.perf_counter() - began, error)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from shipyard.evals import invariance, lattice
+from shipyard.evals import invariance, lattice, lattice_ranks
 from shipyard.evals.lattice_inputs import write_inputs
 from shipyard.evals.lattice_ranks import train_all
 from shipyard.launch.cli import run_command
@@ -156,16 +156,19 @@ def test_a_few_cells_hold_every_pair_of_values(tmp_path: Path) -> None:
     assert len(chosen) < len(allowed) / 50
 
 
-def test_ranks_that_die_cost_one_cell(tmp_path: Path) -> None:
-    """What is left goes on in new processes, and the failed cell says why."""
+@pytest.mark.parametrize("most", [1, 64])
+def test_ranks_that_die_cost_one_cell(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left goes on in new processes, as it does after enough cells, and the failed cell says why."""
+    monkeypatch.setattr(lattice_ranks, "CELLS_OF_A_PROCESS", most)
     write_inputs(tmp_path)
-    cells = [lattice.Cell("sft", "ddp", 1, micro, True, "none", False) for micro in (8, 3)]
+    cells = [lattice.Cell("sft", "ddp", 1, micro, True, "none", False) for micro in (8, 3, 1)]
     trees = [lattice.recipe_tree(cell, tmp_path, tmp_path / cell.name) for cell in cells]
     (tmp_path / "broken.jsonl").write_text("{")
     trees[0]["data"] = {"train": str(tmp_path / "broken.jsonl")}
-    broken, whole = train_all(trees, 1, tmp_path)
+    broken, *whole = train_all(trees, 1, tmp_path)
     assert "broken.jsonl" in broken.error
-    assert (whole.error, whole.run_dir.name) == ("", cells[1].name)
+    assert [(each.error, each.run_dir.name) for each in whole] == [("", cell.name) for cell in cells[1:]]
+    assert len((tmp_path / "recipes-1.jsonl").read_text().splitlines()) == min(most, 2)
 
 
 def test_an_interrupted_lattice_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
