@@ -7,9 +7,8 @@ refused. What is written holds tensors and plain containers.
 Read are `engine.save_checkpoint`'s files: every rank's flat fp32 partition of each group of parameters and Adam's
 moments beside it. A partition becomes our fragments as it is. Written is what `ds_to_universal` makes (Lian et al.
 2024, Universal Checkpointing): a directory per parameter with whole tensors, which an engine of any stage on any number
-of ranks takes with `"checkpoint": {"load_universal": true}` in its configuration. Of buffers, routers' biases go in and
-out. Frozen weights and learning rates are
-in neither; they come from the model and the recipe.
+of ranks takes with `"checkpoint": {"load_universal": true}` in its configuration. Of buffers, both hold
+routers' biases. Frozen weights and learning rates are in neither; they come from the model and the recipe.
 """
 
 import json

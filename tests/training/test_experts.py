@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from runs_for_tests import forget_after, recipe_and_run
 from safetensors.torch import load_file
 from shipyard.training import experts
+from shipyard.training.deepspeed_files import export_deepspeed
 from shipyard.training.loop import train
 from shipyard.training.models import load_model
 from shipyard.training.ranks import Ranks
@@ -141,3 +142,13 @@ def test_biases_are_saved_restored_and_exported_in_fp32(one_rank: tuple[Path, Pa
     exported = load_file(narrow / "model" / "model.safetensors")
     assert exported["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
     assert exported["model.layers.1.mlp.gate.e_score_correction_bias"].equal(*biases(narrow).values())
+
+
+def test_deepspeed_gets_the_biases_by_the_names_that_a_model_has(one_rank: tuple[Path, Path], tmp_path: Path) -> None:
+    """And with them alone nothing else that a run keeps beside its weights."""
+    _, reference = one_rank
+    (file,) = export_deepspeed(reference, tmp_path / "out").glob("*/mp_rank_00_model_states.pt")
+    states, exported = torch.load(file, weights_only=True), load_file(reference / "model" / "model.safetensors")
+    assert states["buffer_names"] == ["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert all(exported[name].equal(states["module"][name]) for name in states["buffer_names"])
+    assert experts.state_of_buffers(experts.buffers_of_state(biases(reference))).keys() == biases(reference).keys()
