@@ -90,7 +90,7 @@ class Saver:
         called = time.perf_counter()
         self.finish()
         began = time.perf_counter()
-        note = _Note(f"rank-{self.ranks.rank:05d}.safetensors")
+        note = _Note(_file_of(self.ranks.rank))
         held: dict[str, Tensor] = {}
         for fragment in engine.fragments():
             note.shapes[fragment.name] = list(fragment.shape)
@@ -252,9 +252,17 @@ def _leave(scratch: Path, rank: int, said: Mapping[str, Any]) -> None:
     draft.rename(scratch / f"{rank}.note")
 
 
+def _file_of(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
 def _await_note(scratch: Path, rank: int, timeout_s: float) -> dict[str, Any]:
-    path, until = scratch / f"{rank}.note", time.monotonic() + timeout_s
+    """What a rank has to say in the end, which may be late (`max_mb_per_s`) while its file grows."""
+    path, file, until, seen = scratch / f"{rank}.note", scratch / _file_of(rank), 0.0, -1
     while not path.is_file():
+        written = file.stat().st_size if file.is_file() else 0
+        if written != seen:
+            seen, until = written, time.monotonic() + timeout_s
         if time.monotonic() > until:
             raise ValueError(
                 f"checkpoints: rank {rank} wrote nothing into {scratch.parent} for {timeout_s:g} s; "

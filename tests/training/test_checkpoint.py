@@ -208,6 +208,26 @@ def test_a_slow_save_makes_haste_when_it_is_waited_for(tmp_path: Path, monkeypat
     assert torch.equal(StoredFragments(tmp_path / "step-000001").whole()["w"], weights)
 
 
+def test_a_slow_rank_is_waited_for_while_its_file_grows(tmp_path: Path) -> None:
+    """At a low `max_mb_per_s` ranks that hold more may write for longer than the time limit after the first is done."""
+    file, note, timeout_s = tmp_path / checkpoint._file_of(1), tmp_path / "1.note", 1.0
+
+    def write_slowly() -> None:
+        for _ in range(15):
+            with file.open("ab") as growing:
+                growing.write(b"x")
+            time.sleep(timeout_s / 5)
+        note.write_text('{"file": "late"}')
+
+    writer = threading.Thread(target=write_slowly)
+    writer.start()
+    assert checkpoint._await_note(tmp_path, 1, timeout_s) == {"file": "late"}
+    writer.join()
+    note.unlink()
+    with pytest.raises(ValueError, match="rank 1 wrote nothing"):
+        checkpoint._await_note(tmp_path, 1, timeout_s)
+
+
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.EIO, OSError), (errno.ESTALE, OSError), (errno.ENOSPC, ValueError)]
 )
