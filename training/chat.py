@@ -126,6 +126,8 @@ class ChatEncoder:
             everything.encode()
         except UnicodeEncodeError:
             raise ValueError("a lone surrogate, which is no character; write the text as UTF-8") from None
+        except TypeError as error:  # Parquet and the hub have times, bytes and decimals
+            raise ValueError(f"messages and tools hold what JSON has not: {error}; write it as text") from None
         if tools and not self._shows_tools:
             raise ValueError(
                 "tools: the chat template does not show them to the model; use one that does, or remove them"

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import xxhash
 from .corpus import paths_of
 from .lines import decode
 from .quarantine import Quarantine
-from .rows import TEXT_SUFFIXES, read_file, read_hub
+from .rows import TEXT_SUFFIXES, load_hub, read_file
 
 GRAM_WORDS = 13
 WORDS = re.compile(r"\w+")
@@ -46,12 +46,13 @@ def _word_hash(word: str) -> int:
     return xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
 
 
-def collect(names: Sequence[str], split: str) -> Grams:
-    """Read eval sets (files, folders, assets, hub names), every text in every column. Raises ValueError, one line."""
+def collect(names: Sequence[str]) -> Grams:
+    """Read eval sets (files, folders, assets, hub names), every text in every column of every split: the one that is
+    trained on is the one that least matters here. Raises ValueError, one line."""
     found: list[np.ndarray] = []
     items = short = 0
     for name in names:
-        for text in _texts(name, split):
+        for text in _texts(name):
             grams = grams_of(text)
             items += 1
             short += not len(grams)
@@ -68,17 +69,19 @@ def holds_any(text: str, hashes: np.ndarray) -> bool:
     return bool((hashes[np.minimum(places, len(hashes) - 1)] == grams).any())
 
 
-def _texts(name: str, split: str) -> Iterator[str]:
-    for path in paths_of(name, split):
+def _texts(name: str) -> Iterator[str]:
+    for path in paths_of(name, None):
         if path is None:
-            rows: Iterable[Any] = read_hub(name, split)
+            for table in load_hub(name, None).values():
+                yield from (text for values in table for text in _strings(values))
         elif path.suffix.lower() in TEXT_SUFFIXES:
-            yield decode(path.read_bytes())
-            continue
+            try:
+                yield decode(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
         else:
-            rows = read_file(path, Quarantine("stop"))
-        for row in rows:
-            yield from _strings(row.values)
+            for row in read_file(path, Quarantine("stop")):
+                yield from _strings(row.values)
 
 
 def _strings(value: Any) -> Iterator[str]:

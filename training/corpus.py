@@ -16,7 +16,18 @@ from .json_rows import read_jsonl
 from .lines import BOM, LINE_LIMIT_BYTES, bom_reason, count_lines, decode, long_reason, refuse_utf16
 from .quarantine import Quarantine, Row
 from .recipe import Data
-from .rows import SUFFIXES, TEXT_SUFFIXES, files_in, inside, load_hub, local_path, read_file, read_hub, read_parquet
+from .rows import (
+    SUFFIXES,
+    TEXT_SUFFIXES,
+    files_in,
+    inside,
+    load_hub,
+    local_path,
+    read_file,
+    read_hub,
+    read_parquet,
+    shown_files,
+)
 
 MIN_PIECE_BYTES, MAX_PIECE_BYTES, PIECES = 1 << 20, 256 << 20, 256
 
@@ -69,12 +80,13 @@ def cut(data: Data) -> list[Piece]:
     return pieces
 
 
-def paths_of(name: str, split: str) -> list[Path | None]:
-    """The files behind a source, in order; [None] for a hub set. Text files count where no file of rows is there."""
+def paths_of(name: str, split: str | None) -> list[Path | None]:
+    """The files behind a source, in order, of all splits where `split` is None; [None] for a hub set. Text files count
+    where no file of rows is there."""
     path = local_path(name)
     if path is None or not path.is_dir():
         return [path]
-    if not any(item.suffix.lower() in SUFFIXES and item.name != "manifest.json" for item in path.rglob("*")):
+    if not any(item.suffix.lower() in SUFFIXES and item.name != "manifest.json" for item in shown_files(path)):
         return list(files_in(path, split, TEXT_SUFFIXES))
     return list(files_in(path, split))
 

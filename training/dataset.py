@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import xxhash
 
 from .chat import ChatEncoder, Encoded
 from .control_tokens import ControlTokens
@@ -58,6 +59,8 @@ class Dataset:
     truncated: int = 0
     outside: int = 0
     """Rows that data.where leaves aside, by the recipe's wish: counted, not quarantined."""
+    digest: str = ""
+    """Of the rows to train on, as they were read, in order."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,19 @@ def load_dataset(recipe: Recipe, tokenizer: Any, run_dir: Path) -> Dataset:
         groups = [group for group in groups if group[0].key not in seen]
     else:
         validation, groups = encode.hold_out(groups, data.validation_rows)
-    train = encode.take(groups, data.train_rows, "data.train_rows")
+    digest = xxhash.xxh3_128()
+    train = encode.take(groups, data.train_rows, "data.train_rows", digest)
     path = quarantine.write(run_dir / QUARANTINE)
     if not train:
-        reason = f"; the first: {quarantine.entries[0]['source']}: {quarantine.entries[0]['reason']}"
-        raise ValueError(f"data.train: {data.train} leaves no row to train on{reason if quarantine.entries else ''}")
+        outside = f"; {quarantine.outside} are outside data.where" if quarantine.outside else ""
+        reason = "; the first: {source}: {reason}".format(**quarantine.entries[0]) if quarantine.entries else ""
+        raise ValueError(f"data.train: {data.train} leaves no row to train on{outside}{reason}")
     if path:
         logger.warning("data: %d rows left out, with reasons in %s", len(quarantine.entries), path)
     if encode.truncated:
         logger.warning("data: %d samples cut at data.max_tokens: %d", encode.truncated, data.max_tokens)
-    return Dataset(train, validation, len(quarantine.entries), path, encode.truncated, quarantine.outside)  # type: ignore[arg-type]
+    counts = len(quarantine.entries), path, encode.truncated, quarantine.outside
+    return Dataset(train, validation, *counts, digest.hexdigest())  # type: ignore[arg-type]
 
 
 def _documents(name: str, recipe: Recipe, quarantine: Quarantine) -> list[_Document]:
@@ -154,14 +160,18 @@ class _Encoder:
             chat = ChatEncoder(tokenizer)
             self._encode = lambda content: _encode_chat(chat, content)
 
-    def take(self, groups: Iterable[list[_Document]], rows: int, field: str) -> list[Any]:
-        """Encode documents in order until there are `rows` items; all of them if 0."""
+    def take(
+        self, groups: Iterable[list[_Document]], rows: int, field: str, digest: xxhash.xxh3_128 | None = None
+    ) -> list[Any]:
+        """Encode documents in order until there are `rows` items; all of them if 0. They go into `digest`."""
         items: list[Item] = []
         for document in (document for group in groups for document in group):
             if rows and len(items) == rows:
                 break
             if item := self._item(document):
                 items.append(item)
+                if digest is not None:
+                    digest.update(json.dumps(document.key).encode())
         if len(items) < rows:
             raise ValueError(
                 f"{field}: {rows} asked for, and only {len(items)} rows are usable; ask for fewer, or 0 for all"
@@ -204,11 +214,21 @@ class _Encoder:
             if sample is None:  # the row is left out, and counted, once
                 return None
             samples.append(sample)
+        if len(samples) == 2 and np.array_equal(samples[0].ids, samples[1].ids):
+            reason = "chosen and rejected are the same tokens, so there is nothing to prefer; remove the row"
+            if any(len(one.ids) > self._data.max_tokens for one in encoded):
+                reason = "chosen and rejected differ behind data.max_tokens alone; raise it"
+            self._quarantine.refuse(source, reason, document.row.values)
+            return None
         self.truncated += sum(len(one.ids) > self._data.max_tokens for one in encoded)
         return samples[0] if len(samples) == 1 else Pair(source, samples[0], samples[1])
 
     def _fit(self, source: str, encoded: Encoded, document: _Document) -> Sample | None:
         ids, mask, limit = encoded.ids, encoded.mask, self._data.max_tokens
+        if not any(mask):
+            reason = "nothing to learn: the tokenizer makes no token of it; remove the row"
+            self._quarantine.refuse(source, reason, document.row.values)
+            return None
         if len(ids) > limit:
             reason = f"{len(ids)} tokens, data.max_tokens is {limit}"
             if self._data.on_long_row == "stop":
@@ -246,7 +266,7 @@ def _text_encoder(tokenizer: Any) -> Callable[[str], list[Encoded]]:
         raise ValueError("model.tokenizer: it has no eos token, which ends a text; set eos_token")
 
     def encode(text: str) -> list[Encoded]:
-        ids = [*before, *control.encode_text(text, first=not before), tokenizer.eos_token_id]
+        ids = [*before, *control.encode_text(text, first=True), tokenizer.eos_token_id]
         return [Encoded(ids, [False] + [True] * (len(ids) - 1))]
 
     return encode

@@ -20,8 +20,8 @@ from .reference import Reference
 class PreferenceTuning(Method[Pair]):
     """Items are pairs; a forward pass holds the chosen replies, then the rejected ones, each with its prompt."""
 
-    def __init__(self, recipe: Recipe, pairs: Sequence[Pair], reference: Reference) -> None:
-        self.recipe, self.pairs, self.rows, self.reference = recipe, pairs, len(pairs), reference
+    def __init__(self, recipe: Recipe, pairs: Sequence[Pair], reference: Reference, digest: str = "") -> None:
+        self.recipe, self.pairs, self.rows, self.reference, self.digest = recipe, pairs, len(pairs), reference, digest
 
     def batch(self, step: int) -> list[Pair]:
         """The global batch of a step, the same on every rank."""

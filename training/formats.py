@@ -71,7 +71,7 @@ def to_conversation(row: Row, data: Data) -> Conversation:
                     "data.labels replaces a completion, and this row has turns; use data.prompt/completion"
                 )
             turns[-1]["content"] = _label(turns[-1]["content"], data.labels)
-        turns = _with_system(turns, data.system)
+        turns = _with_system(turns, _system(row.values, data))
         _check_order(turns)
         return Conversation(row.source, tuple(turns), _tools(row.values))
     except ValueError as error:
@@ -89,6 +89,8 @@ def to_preference(row: Row, data: Data) -> Preference:
         if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
             prompt = _prompt_turns(values, data)
         else:  # whole conversations: what both begin with is the prompt
+            if data.prompt is not None:
+                raise ValueError("data.prompt makes the question, and chosen and rejected hold theirs; leave it out")
             shared = 0
             while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
                 shared += 1
@@ -97,7 +99,7 @@ def to_preference(row: Row, data: Data) -> Preference:
             raise ValueError("chosen and rejected are the same, so there is nothing to prefer; remove the row")
         if not (chosen and rejected) or {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
             raise ValueError("chosen and rejected must part at an assistant turn, after the same prompt; mend the row")
-        prompt = _with_system(prompt, data.system)
+        prompt = _with_system(prompt, _system(values, data))
         for reply in (chosen, rejected):
             _check_order([*prompt, *reply])
         return Preference(row.source, tuple(prompt), tuple(chosen), tuple(rejected), _tools(values))
@@ -129,7 +131,7 @@ def _conversation_turns(values: Mapping[str, Any], data: Data) -> tuple[list[Tur
     if kind == "messages" or (kind == "auto" and "messages" in has):
         return _turns(values, "messages"), False
     if kind == "sharegpt" or (kind == "auto" and "conversations" in has):
-        return _with_system(_turns(values, "conversations"), values.get("system")), False
+        return _turns(values, "conversations"), False
     if kind == "prompt_completion" or (kind == "auto" and {"prompt", "completion"} <= has):
         reply = _as_turns(values, "completion", "assistant")
         simple = isinstance(values.get("completion"), str)
@@ -147,7 +149,7 @@ def _prompt_turns(values: Mapping[str, Any], data: Data) -> list[Turn]:
         return [_turn("user", _fill(data.prompt, values))]
     for key in ("prompt", "conversations", "messages"):
         if values.get(key) is not None:
-            return _with_system(_as_turns(values, key, "user"), values.get("system"))
+            return _as_turns(values, key, "user")
     if values.get("instruction") is not None:
         return _instruction_turns(values)
     raise ValueError(f"a preference row needs a prompt beside chosen and rejected; {_columns(values)}; add it")
@@ -171,7 +173,7 @@ def _instruction_turns(values: Mapping[str, Any]) -> list[Turn]:
     question = _text(values, "instruction")
     if values.get("input") is not None and (extra := _text(values, "input")):
         question = f"{question}\n{extra}"
-    return _with_system([*turns, _turn("user", question)], values.get("system"))
+    return [*turns, _turn("user", question)]
 
 
 def _as_turns(values: Mapping[str, Any], key: str, role: str) -> list[Turn]:
@@ -220,8 +222,9 @@ def _message(item: Any, number: int) -> Turn:
         raise ValueError("weight 0 asks not to learn this turn, which is not supported; put it in a row's prompt only")
     turn: Turn = {"role": role, "content": content}
     turn.update({key: item[key] for key in KEPT_KEYS if item.get(key) is not None})
-    if role == "assistant" and item.get("tool_calls"):
-        turn["tool_calls"] = _calls(item["tool_calls"], number)
+    calls = item.get("tool_calls") or item.get("function_call")  # the second: OpenAI's older name, of one call
+    if role == "assistant" and calls:
+        turn["tool_calls"] = _calls(calls, number)
     elif content is None:
         raise ValueError(f"{role} has no content; give it a text (an empty one if so meant)")
     return turn
@@ -249,6 +252,9 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
         inner = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
             raise ValueError(f"a tool call needs a name and arguments, not {_short(call)}")
+        given = {key for key, value in inner.items() if value is not None}
+        if "arguments" not in given and (strange := given - {"name", "id", "type", "index"}):
+            raise ValueError(f"a tool call has its values under arguments, not {min(strange)}; rename it")
         identity = call.get("id") or f"c{number:04d}{order:04d}"  # nine characters: Mistral's template takes no other
         function = {"name": inner["name"], "arguments": inner.get("arguments") or {}}
         calls.append({"id": identity, "type": "function", "function": function})
@@ -272,12 +278,17 @@ def _tools(values: Mapping[str, Any]) -> list[Any] | None:
 # --- order ---
 
 
-def _with_system(turns: list[Turn], text: Any) -> list[Turn]:
-    if not text or (turns and turns[0]["role"] == "system"):
-        return turns
-    if not isinstance(text, str):
+def _system(values: Mapping[str, Any], data: Data) -> str | None:
+    """The row's column `system`, where no template names columns, or else what the recipe puts before all (an empty
+    text too, which keeps a chat template from a system turn of its own)."""
+    text = values.get("system") if data.prompt is None else None
+    if text and not isinstance(text, str):
         raise ValueError(f"system must be text, not {_short(text)}")
-    return [_turn("system", text), *turns]
+    return text or data.system
+
+
+def _with_system(turns: list[Turn], text: str | None) -> list[Turn]:
+    return turns if text is None or (turns and turns[0]["role"] == "system") else [_turn("system", text), *turns]
 
 
 def _check_order(turns: Sequence[Turn]) -> None:

@@ -65,7 +65,7 @@ def _array_rows(path: Path, text: str, quarantine: Quarantine) -> Iterator[Row]:
     if text[at : at + 1] != "[":
         raise ValueError(f"{path}:{line}: a JSON file must hold an array of rows, or one row a line")
     previous, at = at, _skip_space(text, at + 1)
-    lenient = json.JSONDecoder()
+    lenient = json.JSONDecoder(parse_int=str)
     while text[at : at + 1] != "]":
         line += text.count("\n", previous, at)
         source = f"{path}:{line}"
@@ -132,6 +132,13 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON; write null or leave the key out")
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # Python's limit is 4,300 digits
+        raise ValueError(f"a number of {len(text)} digits; write it as text") from None
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
@@ -139,7 +146,9 @@ def _finite(text: str) -> float:
     return value
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+)
 
 
 def _explain(error: json.JSONDecodeError, last: bool) -> str:

@@ -60,6 +60,8 @@ def train(recipe: Recipe) -> Path:
     if found is not None:
         _refuse_other_run(found, recipe)
     tokenizer, data, engine, method = assemble(recipe, ranks, run_dir)
+    if found is not None:
+        _refuse_other_rows(found, recipe, method)
     _claim(recipe, run_dir, ranks)
     steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
     log = StepLog(recipe, run_dir, steps, ranks.first)
@@ -168,7 +170,7 @@ def _save(saver: checkpoint.Saver, recipe: Recipe, engine: Engine, method: Metho
     """Begin to write the checkpoint after `step` finished steps. Collective."""
     about = {"identity": identity(recipe), "world_size": engine.ranks.world_size, "engine": recipe.parallel.engine}
     extra = {**method.state(), **experts.state(engine.module)}
-    saver.save(engine, step, extra, {**about, "norms": list(norms.known)})
+    saver.save(engine, step, extra, {**about, "norms": list(norms.known), "rows": method.digest})
 
 
 def restore(engine: Engine, method: Method, found: Manifest) -> int:
@@ -193,6 +195,15 @@ def _refuse_other_run(found: Manifest, recipe: Recipe) -> None:
         raise ValueError(
             f"run_dir: {found.path.parent} holds a run of another recipe (compare its recipe.yaml); "
             "set another run_dir, or resume=never to start over in this one"
+        )
+
+
+def _refuse_other_rows(found: Manifest, recipe: Recipe, method: Method) -> None:
+    """Batches are drawn by row numbers: among other rows some would come twice in an epoch, and some never."""
+    if found.about.get("rows") not in (None, "", method.digest):  # none: imported, or the method looks itself
+        raise ValueError(
+            f"data.train: {recipe.data.train} no longer gives the rows that the run in {found.path.parent} began with; "
+            "put the old ones back, set another run_dir, or resume=never to start over in this one"
         )
 
 
@@ -236,8 +247,8 @@ def _method(
     assert data is not None
     if recipe.method == "dpo":
         assert reference is not None
-        return PreferenceTuning(recipe, cast(list[Pair], data.train), reference)
-    return SupervisedTuning(recipe, cast(list[Sample], data.train))
+        return PreferenceTuning(recipe, cast(list[Pair], data.train), reference, data.digest)
+    return SupervisedTuning(recipe, cast(list[Sample], data.train), data.digest)
 
 
 def _introduce(recipe: Recipe, engine: Engine, data: Dataset | None, steps: int, log: StepLog) -> None:

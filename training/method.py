@@ -14,6 +14,8 @@ class Method(ABC, Generic[Item]):
     """Base of the methods. `rows` is the size of the data set, 0 where a task generates without end."""
 
     rows: int
+    digest: str = ""
+    """Of the rows, where they are read from files: a run that goes on must see the same."""
 
     @abstractmethod
     def batch(self, step: int) -> Sequence[Item]:

@@ -135,7 +135,7 @@ def _begin(
         shutil.rmtree(work)
     for folder in (STATE, SHARDS):
         (work / folder).mkdir(parents=True)
-    grams = collect(data.decontaminate, data.split)
+    grams = collect(data.decontaminate)
     if grams.items:
         short = f"; {grams.short} shorter than 13 words cannot be looked for" if grams.short else ""
         say(f"decontaminate: {grams.items} texts, {len(grams.hashes)} runs of 13 words{short}")

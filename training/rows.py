@@ -8,7 +8,7 @@ file and counted: `on_bad_row` decides. Nothing is dropped silently; only lines 
 import csv
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +111,8 @@ def inside(row: Row, data: Data) -> bool:
 
 def _read_csv(path: Path, quarantine: Quarantine, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(LINE_LIMIT_BYTES)
-    reader = csv.reader(_csv_lines(path), delimiter=delimiter, strict=True)
+    record: list[str] = []  # lines of the row that is being read
+    reader = csv.reader(_csv_lines(path, record), delimiter=delimiter, strict=True)
     try:
         header = next(reader, None)
     except csv.Error as error:
@@ -123,6 +124,7 @@ def _read_csv(path: Path, quarantine: Quarantine, delimiter: str) -> Iterator[Ro
     while True:
         source = f"{path}:{reader.line_num + 1}"
         cells: list[str] = []
+        record.clear()
         try:
             cells = next(reader)
             reason = _csv_complaint(cells)
@@ -131,22 +133,38 @@ def _read_csv(path: Path, quarantine: Quarantine, delimiter: str) -> Iterator[Ro
         except StopIteration:
             return
         except csv.Error as error:
-            cut = "unexpected end of data" in str(error)
-            reason = (
-                "the last row is cut off inside a quoted cell; fetch the file again" if cut else f"not CSV: {error}"
-            )
+            reason = _csv_broken(source, error, record)
         if reason:
-            raw = delimiter.join(cells).replace(TOO_LONG, "").encode("utf-8", "surrogateescape")
+            raw = "".join(record).replace(TOO_LONG, "").encode("utf-8", "surrogateescape")
             quarantine.refuse(source, reason, raw.decode("utf-8", "backslashreplace"))
         elif cells:
             yield Row(source, dict(zip(header, cells, strict=True)))
 
 
-def _csv_lines(path: Path) -> Iterator[str]:
+def _csv_broken(source: str, error: csv.Error, record: Sequence[str]) -> str:
+    """Say what is wrong with a row. Raises ValueError, whatever becomes of bad rows, where its quotes do not tell where
+    it ends: what follows would be read as rows that nobody wrote, or rows would be lost in it."""
+    if "unexpected end of data" in str(error):
+        if len(record) > 1:
+            lines = f"it would hold {len(record)} lines"
+            raise ValueError(
+                f"{source}: a quoted cell begins that does not end, and {lines}; close it, or fetch the file again"
+            )
+        return "the last row is cut off inside a quoted cell; fetch the file again"
+    if sum(line.count('"') for line in record) % 2:
+        raise ValueError(
+            f"{source}: not CSV: {error}; a quote is left open, so no row after it can be read; write a quote inside a "
+            "quoted cell twice"
+        )
+    return f"not CSV: {error}"
+
+
+def _csv_lines(path: Path, record: list[str]) -> Iterator[str]:
     for number, line, complaint in read_lines(path):
         if number == 1 and complaint:
             raise ValueError(f"{path}:1: {complaint}")
-        yield f"{TOO_LONG}{complaint}\n" if complaint else line.decode("utf-8", "surrogateescape")
+        record.append(f"{TOO_LONG}{complaint}\n" if complaint else line.decode("utf-8", "surrogateescape"))
+        yield record[-1]
 
 
 def _csv_complaint(cells: Iterable[str]) -> str:
@@ -173,18 +191,29 @@ def read_parquet(path: Path, groups: range | None = None) -> Iterator[Row]:
             wanted = range(file.num_row_groups) if groups is None else groups
             number = sum(file.metadata.row_group(group).num_rows for group in range(wanted.start))
             for batch in file.iter_batches(batch_size=1024, row_groups=list(wanted)):
-                for values in batch.to_pylist():
+                for values in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
-                    yield Row(f"{path}:{number}", values)
+                    yield Row(f"{path}:{number}", _as_written(values))
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: not a whole Parquet file: {reason[:200]}; fetch it again") from None
 
 
-def files_in(folder: Path, split: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """Return a folder's data files in order; where names say train, test ..., those of the split."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    files = [path for path in files if path.name != "manifest.json"]
+def _as_written(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what Arrow fills in: objects of one column all have the same keys there, null where a row had none
+    (the arguments of another tool's calls). The columns themselves stay."""
+    return {column: _without_nulls(value) for column, value in values.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def files_in(folder: Path, split: str | None, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """Return a folder's data files in order; where names say train, test ..., those of the split (None: all)."""
+    files = [path for path in shown_files(folder) if path.name != "manifest.json"]
     beside = [path for path in files if path.suffix.lower() in BESIDE_DATA or not path.suffix]
     strange = [path for path in files if path.suffix.lower() not in suffixes and path not in beside]
     if strange:
@@ -192,6 +221,8 @@ def files_in(folder: Path, split: str, suffixes: Sequence[str] = SUFFIXES) -> li
     data = [path for path in files if path.suffix.lower() in suffixes]
     if not data:
         raise ValueError(f"data: {folder} holds no data file ({', '.join(suffixes)})")
+    if split is None:
+        return data
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower())) for path in data}
     chosen = [path for path in data if split.lower() in words[path]]
     if not chosen and any(words[path] & set(SPLITS) for path in data):
@@ -199,16 +230,24 @@ def files_in(folder: Path, split: str, suffixes: Sequence[str] = SUFFIXES) -> li
     return chosen or data
 
 
+def shown_files(folder: Path) -> list[Path]:
+    """Files under a folder, in order, but for hidden ones and what hidden folders keep: copies of editors, caches of
+    downloads."""
+    found = (path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    return sorted(path for path in found if path.is_file())
+
+
 def read_hub(name: str, split: str, rows: range | None = None) -> Iterator[Row]:
     """Rows of a hub data set, or some of them."""
     loaded = load_hub(name, split)
     wanted = range(len(loaded)) if rows is None else rows
     for number, values in enumerate(loaded.select(wanted), wanted.start + 1):
-        yield Row(f"{name}[{split}]:{number}", dict(values))
+        yield Row(f"{name}[{split}]:{number}", _as_written(values))
 
 
-def load_hub(name: str, split: str) -> Any:
-    """A hub data set's split, memory-mapped by `datasets`. Raises ValueError when it cannot be had."""
+def load_hub(name: str, split: str | None) -> Any:
+    """A hub data set's split, memory-mapped by `datasets`, or all of them by name. Raises ValueError when it cannot be
+    had."""
     import datasets  # heavy, and only hub names need it
 
     owner_name, _, config = name.partition(":")
@@ -216,8 +255,9 @@ def load_hub(name: str, split: str) -> Any:
         return datasets.load_dataset(owner_name, config or None, split=split)
     except Exception as error:  # whatever the hub client raises: it has dozens of classes
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        wanted = f"its split {split!r}" if split else "it"
         raise ValueError(
-            f"data: {name!r} is no file here, and the hub does not give its split {split!r}: {reason}; check the name, "
+            f"data: {name!r} is no file here, and the hub does not give {wanted}: {reason}; check the name, "
             "data.split and the network, or give a local file"
         ) from None
 

@@ -45,6 +45,26 @@ def _data(recipe: "Recipe") -> Iterator[Rule]:
         recipe.data.prompt is not None and recipe.data.completion is None and recipe.method == "sft",
         "data.completion: data.prompt is set, so say what the reply is, '{label}' for instance",
     )
+    yield (
+        recipe.data.completion is not None and recipe.data.prompt is None,
+        "data.completion: a template for the reply needs one for the question; set data.prompt too",
+    )
+    yield (recipe.data.mixture == {}, "data.mixture: it names no source; give sources and their weights")
+    reader, unread = _unread(recipe)
+    fields = type(recipe.data).model_fields
+    changed = [name for name in unread if getattr(recipe.data, name) != fields[name].default]
+    yield (bool(changed), f"data.{', '.join(changed)}: {reader} does not read it; leave it out")
+
+
+def _unread(recipe: "Recipe") -> tuple[str, tuple[str, ...]]:
+    """Knobs of rows that a recipe's method or format would ignore, and which that is."""
+    if recipe.method == "grpo":
+        return "a task, which makes its own rows,", tuple(name for name in ROW_KNOBS if name != "system")
+    if recipe.method == "dpo":
+        return "method dpo, whose replies are the columns chosen and rejected,", ("completion", "labels")
+    if recipe.data.format == "text" and recipe.data.tokens is None:
+        return "format text, which takes the column text as it is,", ("prompt", "completion", "labels", "system")
+    return "", ()
 
 
 SHARD_KNOBS = ("mixture", "validation_fraction", "near_duplicates", "decontaminate")

@@ -14,8 +14,8 @@ from .recipe import Recipe
 class SupervisedTuning(Method[Sample]):
     """Items are samples; the denominator is the number of supervised tokens in the global batch."""
 
-    def __init__(self, recipe: Recipe, samples: Sequence[Sample]) -> None:
-        self.recipe, self.samples, self.rows = recipe, samples, len(samples)
+    def __init__(self, recipe: Recipe, samples: Sequence[Sample], digest: str = "") -> None:
+        self.recipe, self.samples, self.rows, self.digest = recipe, samples, len(samples), digest
 
     def batch(self, step: int) -> list[Sample]:
         """The global batch of a step, the same on every rank."""

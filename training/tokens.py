@@ -63,7 +63,10 @@ def text_tokenizer(tokenizer: Any) -> TextTokenizer:
     state = tokenizer.backend_tokenizer.to_str()
     unknown = getattr(tokenizer, "unk_token_id", None)
     by_words = plain is not None and cuts_at_words(plain)
-    return TextTokenizer(state, before, tokenizer.eos_token_id, unknown, len(tokenizer), by_words)
+    size = 1 + max(
+        tokenizer.backend_tokenizer.get_vocab().values()
+    )  # more than there are tokens, where numbers are left out
+    return TextTokenizer(state, before, tokenizer.eos_token_id, unknown, size, by_words)
 
 
 class DocumentEncoder:
@@ -82,14 +85,14 @@ class DocumentEncoder:
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32."""
-        words, first = self.words, not self.tokenizer.before
+        words = self.words  # a bos is put before the ids, not the text, so every text begins one ("first")
         if words is None:
-            bodies = [np.asarray(self.control.encode_text(text, first), np.int32) for text in texts]
+            bodies = [np.asarray(self.control.encode_text(text, first=True), np.int32) for text in texts]
         else:
             spelled = [self.control.pattern.search(text) is not None for text in texts]
             plain = iter(words.encode([text for text, odd in zip(texts, spelled, strict=True) if not odd]))
             bodies = [
-                np.asarray(self.control.encode_text(text, first), np.int32) if odd else next(plain)
+                np.asarray(self.control.encode_text(text, first=True), np.int32) if odd else next(plain)
                 for text, odd in zip(texts, spelled, strict=True)
             ]
         before, after = np.asarray(self.tokenizer.before, np.int32), np.asarray([self.tokenizer.eos], np.int32)

@@ -1,6 +1,7 @@
 """Ids and masks of conversations, property-tested on five real chat templates and on awkward made ones."""
 
 import copy
+from datetime import date
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
@@ -346,6 +347,7 @@ def test_template_that_looks_at_the_text() -> None:
         ([turn("assistant", "hi")], "speaks first"),
         ([turn("user", "hi"), turn("assistant", "", tool_calls=[CALL])], "leaves this turn out"),
         ([turn("user", "\ud800"), turn("assistant", "yo")], "lone surrogate"),
+        ([turn("user", "a", name=date(2026, 1, 2)), turn("assistant", "yo")], "hold what JSON has not: .* date"),
     ],
 )
 def test_refusals(messages: list[dict], reason: str) -> None:

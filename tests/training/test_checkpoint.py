@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from reshard_on_ranks import LateSaver
-from runs_for_tests import forget_after
+from runs_for_tests import forget_after, recipe_and_run
 from shipyard.launch.mistakes import line_of
 from shipyard.training import checkpoint
 from shipyard.training.checkpoint import Saver, committed
@@ -261,3 +261,25 @@ def test_a_save_that_fails_leaves_what_had_its_name(straight, tmp_path: Path) ->
         saver.finish()
     assert verify(run / "step-000006") == before
     assert not list(run.glob(".step-*"))
+
+
+def test_a_run_does_not_go_on_with_other_rows(tiny_model: Path, chat_rows: Path, tmp_path: Path) -> None:
+    """Its batches are row numbers, which other rows would take."""
+    from shipyard.training.loop import train
+    from shipyard.training.recipe import load_recipe
+
+    rows = tmp_path / "rows.jsonl"
+    kept = chat_rows.read_text()
+    rows.write_text(kept)
+    tree = {
+        "method": "sft", "steps": 2, "checkpoints": {"every_steps": 1, "keep_last": 10}, "data": {"train": str(rows)},
+        "model": {"name": str(tiny_model), "dtype": "float32"}, "batch": {"size": 2, "micro": 2},
+    }  # fmt: skip
+    recipe, run = recipe_and_run(tmp_path, tree)
+    forget_after(run, 1)
+    for other in (kept + kept.splitlines()[0], kept.replace("Count to 7", "Count to 8")):
+        rows.write_text(other)
+        with pytest.raises(ValueError, match=r"no longer gives the rows that the run in .* began with"):
+            train(load_recipe(recipe, [f"run_dir={run}"]))
+    rows.write_text(kept)
+    train(load_recipe(recipe, [f"run_dir={run}"]))

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from shipyard.training.dataset import Dataset, Pair, Sample, load_dataset
 from shipyard.training.recipe import parse_recipe
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers_for_tests import tokenizer_for_tests
+from transformers import PreTrainedTokenizerFast
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -137,6 +139,42 @@ def test_long_rows(tmp_path: Path) -> None:
 def test_asking_too_much(data: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         load(tmp_path, train=write(tmp_path, [row(n) for n in range(4)]), **data)
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"data.train: .*empty.jsonl leaves no row to train on$"):
+        load(tmp_path, train=str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match=r"leaves no row to train on; 2 are outside data.where$"):
+        load(tmp_path, train=write(tmp_path, [row(0), row(1)]), where={"prompt": "other"})
+
+
+def test_a_row_without_a_token_teaches_nothing(tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    backend.normalizer = normalizers.BertNormalizer()  # it takes control characters away
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    path = write(tmp_path, [{"text": "a"}, {"text": "\u200b"}])
+    tree = {"method": "pretrain", "steps": 1, "model": {"name": "x"}, "data": {"train": path, "format": "text"}}
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: nothing to learn: the tokenizer makes no token of it"):
+        load_dataset(parse_recipe(tree), tokenizer, tmp_path)
+
+
+def test_a_pair_of_equal_tokens_is_no_preference(tmp_path: Path) -> None:
+    replies = {"chosen": "a b c d e f g", "rejected": "a b c d e f h"}
+    path = write(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", **replies}])
+    knobs: dict[str, Any] = {"train": path, "max_tokens": 34, "on_long_row": "truncate"}
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: chosen and rejected differ behind data.max_tokens alone"):
+        load(tmp_path, "dpo", **knobs)
+    data = load(tmp_path, "dpo", **knobs, on_bad_row="quarantine")
+    assert (len(data.train), data.quarantined, data.truncated) == (1, 1, 0)
+    alike = write(tmp_path, [{"prompt": "q", "chosen": [say("a", name="x")], "rejected": [say("a", name="y")]}])
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: chosen and rejected are the same tokens"):
+        load(tmp_path, "dpo", train=alike)
+
+
+def say(text: str, **more: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text, **more}
 
 
 def test_pairs_share_the_prompt_and_supervise_replies_only(tmp_path: Path) -> None:

@@ -48,6 +48,23 @@ def test_own_system_turn_wins() -> None:
     assert conversation({"messages": [SYSTEM, ASK, REPLY]}, system="Other.") == [SYSTEM, ASK, REPLY]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [ASK, REPLY]},
+        {"prompt": "Hi", "completion": "Yo"},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+    ],
+)
+def test_a_column_system_is_read_in_every_format(values: dict[str, Any]) -> None:
+    assert conversation({**values, "system": "Be brief."}, system="Other.") == [SYSTEM, ASK, REPLY]
+    for blank in ("", None):
+        assert conversation({**values, "system": blank}) == [ASK, REPLY]
+        assert conversation({**values, "system": blank}, system="") == [{"role": "system", "content": ""}, ASK, REPLY]
+    with pytest.raises(ValueError, match="system must be text"):
+        conversation({**values, "system": 3})
+
+
 def test_sharegpt_tools() -> None:
     row = {
         "tools": json.dumps([{"name": "add", "parameters": {}}]),
@@ -69,6 +86,14 @@ def test_sharegpt_tools() -> None:
     ]
     again = {"messages": list(read.messages), "tools": read.tools}
     assert to_conversation(Row("r:1", again), AUTO) == read
+
+
+def test_a_call_under_an_older_name() -> None:
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    older, newer = ({"role": "assistant", "content": "", key: value} for key, value in
+                    (("function_call", call), ("tool_calls", [{"function": call}])))  # fmt: skip
+    assert conversation({"messages": [ASK, older]}) == conversation({"messages": [ASK, newer]})
+    assert conversation({"messages": [ASK, older]})[1]["tool_calls"][0]["function"] == call
 
 
 TEMPLATE = {"prompt": "Rate: {text} {{x}}", "completion": "{label}"}
@@ -108,6 +133,10 @@ def said(*roles: str) -> dict[str, Any]:
         ({"messages": [{"role": "user"}]}, {}, "user has no content"),
         ({"messages": [ASK, {**REPLY, "weight": 0}]}, {}, "weight 0 asks not to learn"),
         ({"messages": [ASK, {"role": "assistant", "tool_calls": [{"id": "x"}]}]}, {}, "a tool call needs a name"),
+        (
+            {"messages": [ASK, {"role": "assistant", "tool_calls": [{"name": "f", "parameters": {"a": 1}}]}]},
+            *({}, "a tool call has its values under arguments, not parameters; rename it"),
+        ),
         ({"messages": [ASK, REPLY], "tools": "[{"}, {}, "tools must be a JSON list"),
         ({"text": "a"}, {}, "no format fits: .* the row's columns are text; name them, or give data.prompt"),
         ({"text": "a"}, TEMPLATE, "column label must be text or a number, not missing; the row's columns are text"),
@@ -143,10 +172,12 @@ GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "con
         },
         {"instruction": "Hi", "input": "", "chosen": "good", "rejected": "bad"},
         {"chosen_messages": [ASK, GOOD], "rejected_messages": [ASK, BAD]},
+        {"chosen": [ASK, GOOD], "rejected": [ASK, BAD], "system": "Be brief."},
     ],
 )
 def test_preferences_say_the_same(values: dict[str, Any]) -> None:
-    pair = to_preference(Row("r:1", values), Data(train="x", system="Be brief."))
+    own = "system" in values
+    pair = to_preference(Row("r:1", values), Data(train="x", system="Other." if own else "Be brief."))
     assert (pair.prompt, pair.chosen, pair.rejected) == ((SYSTEM, ASK), (GOOD,), (BAD,))
 
 
@@ -163,6 +194,11 @@ def test_preferences_say_the_same(values: dict[str, Any]) -> None:
 def test_preferences_that_do_not_fit(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=f"^r:1: .*{reason}"):
         to_preference(Row("r:1", values), AUTO)
+
+
+def test_a_template_does_not_ask_what_whole_conversations_ask() -> None:
+    with pytest.raises(ValueError, match=r"r:1: data.prompt makes the question, and chosen and rejected hold theirs"):
+        to_preference(Row("r:1", {"q": "Ho", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}), Data(prompt="{q}"))
 
 
 def test_text() -> None:

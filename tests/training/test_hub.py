@@ -43,6 +43,16 @@ def recipe(folder: Path, tiny_model: Path, train: str, split: str = "train") -> 
     return folder / "recipe.yaml"
 
 
+def test_eval_text_is_looked_for_in_every_split_of_the_hub(hub: Path, tiny_model, tmp_path: Path, shipyard) -> None:
+    words = "the harbour master wrote down each ship that came in before noon on that day"
+    (hub / "test.jsonl").write_text(json.dumps({"text": words}) + "\n", encoding="utf-8")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in (f"So {words}.", "Other words.")))
+    exam = ["data.decontaminate=[harbour/logs]"]
+    said = shipyard("data", "build", recipe(tmp_path / "far", tiny_model, str(rows)), *exam).stdout
+    assert "1 with eval text" in said
+
+
 def test_a_hub_name_makes_the_shards_that_its_file_makes(hub: Path, tiny_model, tmp_path: Path, shipyard) -> None:
     near = load_recipe(recipe(tmp_path / "near", tiny_model, str(hub / "train.jsonl")))
     preparation.build(near, runner("local", 1), [].append)

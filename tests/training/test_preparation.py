@@ -191,6 +191,20 @@ def test_near_duplicates_and_eval_text_are_dropped_and_counted(tiny_model: Path,
     assert "2 shorter than 13 words cannot be looked for" in said[0]
 
 
+def test_eval_text_is_looked_for_in_every_split(tiny_model: Path, tmp_path: Path) -> None:
+    exam = tmp_path / "exam"
+    exam.mkdir()
+    for number, split in enumerate(("train", "test")):
+        (exam / f"{split}.json").write_text(json.dumps([{"question": document(number, 20)}]))
+    rows = [f"Asked was: {document(number, 20)}, they say" for number in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    recipe = recipe_file(tmp_path, tiny_model, train=str(tmp_path / "rows.jsonl"), decontaminate=[str(exam)])
+    assert "2 with eval text" in build(recipe)[0][-1]
+    (tmp_path / "notes.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"notes.txt: not UTF-8"):
+        build(recipe, f"data.tokens={tmp_path / 'more'}", f"data.decontaminate=[{tmp_path / 'notes.txt'}]")
+
+
 def test_bad_rows_stop_or_are_set_aside_under_their_line(many_pieces: Path, tiny_model: Path, tmp_path: Path) -> None:
     lines = many_pieces.read_text().splitlines()
     lines[250] = '{"text": "cut'

@@ -124,6 +124,11 @@ def test_knobs_are_the_listed_ones_and_few() -> None:
         (merged(method="grpo"), ["data.train", "task:"]),
         (merged(data={"train": "task:chain_sum"}), ["data.train", "grpo"]),
         (merged(data={"train": "t.csv", "prompt": "{a}"}), ["data.completion"]),
+        (merged(data={"train": "t.csv", "completion": "{a}"}), ["data.completion", "data.prompt"]),
+        (merged(method="dpo", data={"train": "t.csv", "labels": {"a": "b"}}), ["data.labels", "chosen"]),
+        (merged(data={"train": "t.csv", "format": "text", "system": "x"}), ["data.system", "format text"]),
+        (merged(method="grpo", data={"train": "task:x", "validation_rows": 3}), ["data.validation_rows", "task"]),
+        (merged(method="pretrain", data={"mixture": {}, "tokens": "t"}), ["data.mixture", "no source"]),
     ],
 )
 def test_a_mistake_is_one_line_with_field_and_remedy(tree: dict, words: list[str]) -> None:

@@ -22,6 +22,7 @@ BAD_LINES = {
     "not JSON": (b"{'text': 'a'}\n", "not JSON: .* at column 2"),
     "not an object": (b'["a"]\n', "a row must be an object .* not list"),
     "lone surrogate": (b'{"text": "\\ud83d"}\n', "an escaped lone surrogate"),
+    "long number": (b'{"n": %s}\n' % (b"7" * 5000), "a number of 5000 digits; write it as text"),
     "too deep": (b'{"a": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
     "10 MB": (b'{"text": "' + b"x" * 10_000_001 + b'"}\n', "10,000,014 bytes, a row may have 10,000,000"),
 }
@@ -100,6 +101,13 @@ def test_blank_lines_and_crlf_are_no_rows(tmp_path: Path) -> None:
 # --- JSON arrays ---
 
 
+def test_json_array_puts_a_long_number_aside(tmp_path: Path) -> None:
+    path = put(tmp_path, "rows.json", b'[{"a": 1},\n{"a": %s},\n{"a": 3}]' % (b"7" * 5000))
+    with pytest.raises(ValueError, match=r"rows.json:2: a number of 5000 digits"):
+        read_rows(str(path))
+    assert [row.values["a"] for row in read_rows(str(path), on_bad_row="quarantine").rows] == [1, 3]
+
+
 def test_json_array_has_line_numbers(tmp_path: Path) -> None:
     path = put(tmp_path, "rows.json", b'\n[\n  {"a": 1},\n  {"a": NaN}, {"a":\n 3},\n\n  {"a": 4}\n]\n')
     with pytest.raises(ValueError, match=r"rows.json:4: NaN is not JSON"):
@@ -160,9 +168,25 @@ def test_bad_csv_row(kind: str, tmp_path: Path) -> None:
     path = put(tmp_path, "rows.csv", b'text,label\n"one\nrow",1\n' + line + b"two,0\n")
     with pytest.raises(ValueError, match=f"rows.csv:4: {reason}"):
         read_rows(str(path))
-    rows = read_rows(str(path), on_bad_row="quarantine")
+    aside = tmp_path / "quarantine.jsonl"
+    rows = read_rows(str(path), on_bad_row="quarantine", quarantine_path=aside)
     assert [(row.source[-1], row.values["text"]) for row in rows.rows] == [("2", "one\nrow"), ("5", "two")]
     assert rows.quarantined == 1
+    if kind != "10 MB":
+        assert json.loads(aside.read_text("utf-8"))["raw"] == line.decode("utf-8", "backslashreplace")
+
+
+@pytest.mark.parametrize("policy", ["stop", "quarantine"])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b'a,b\n"He said "hi" and\nleft",1\ntwo,0\n', "2: not CSV: .*; a quote is left open"),
+        (b'a,b\none,1\n"two,0\nthree,1\n', "3: a quoted cell begins that does not end, and it would hold 2 lines"),
+    ],
+)
+def test_a_row_without_an_end_is_neither_two_nor_the_rest_of_the_file(text: bytes, reason: str, policy, tmp_path):
+    with pytest.raises(ValueError, match=f"rows.csv:{reason}"):
+        read_rows(str(put(tmp_path, "rows.csv", text)), on_bad_row=policy)
 
 
 def test_csv_cut_off_and_bad_header(tmp_path: Path) -> None:
@@ -184,6 +208,27 @@ def test_parquet_rows_are_numbered_and_a_cut_file_is_refused(tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"rows.parquet: not a whole Parquet file"):
         read_rows(str(path))
+
+
+def test_parquet_rows_are_what_was_written_before_arrow_gave_all_the_same_keys(tmp_path: Path) -> None:
+    calls = [{"name": "f", "arguments": {"city": "Paris"}}, {"name": "g", "arguments": {"sum": [{"of": 1}, {"to": 2}]}}]
+    headers = pa.array([{"a": "x"}, {"b": "y"}], type=pa.map_(pa.string(), pa.string()))
+    table = pa.table({"call": pa.array(calls), "none": pa.array([None, None], pa.string()), "headers": headers})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rows = [row.values for row in read_rows(str(tmp_path / "rows.parquet")).rows]
+    assert rows == [
+        {"call": calls[0], "none": None, "headers": {"a": "x"}},
+        {"call": calls[1], "none": None, "headers": {"b": "y"}},
+    ]
+
+
+def test_hidden_folders_hold_no_rows(tmp_path: Path) -> None:
+    """What an editor and `hf download` leave behind."""
+    put(tmp_path, "train.jsonl", b'{"a": 1}\n')
+    for folder, name in ((".ipynb_checkpoints", "train.jsonl"), (".cache/download", "train.jsonl.metadata")):
+        (tmp_path / folder).mkdir(parents=True)
+        put(tmp_path / folder, name, b'{"a": 1}\n')
+    assert len(read_rows(str(tmp_path)).rows) == 1
 
 
 def test_folder_takes_the_splits_files_in_order(tmp_path: Path) -> None:

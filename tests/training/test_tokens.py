@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shipyard.training.dataset import _text_encoder
 from shipyard.training.tokens import DocumentEncoder, text_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers_for_tests import tokenizer_for_tests
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
 PIECES = [
@@ -94,6 +96,27 @@ def test_a_tokenizer_whose_merges_cross_words_is_found_out() -> None:
     (ids,) = DocumentEncoder(spec)(["go to"])
     assert ids.tolist() == [*Whole()("go to")["input_ids"], 0]
     assert 301 in ids
+
+
+def test_a_bos_stands_before_the_ids_and_not_before_the_text() -> None:
+    """Llama 2's kind marks the start of a text by a space."""
+    vocabulary = {word: number for number, word in enumerate(("<s>", "</s>", "hi", "▁hi", "▁ho", *"▁hio"))}
+    backend = Tokenizer(models.BPE(vocabulary, [("h", "i"), ("▁", "hi")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    wanted = [*tokenizer("hi hi")["input_ids"], 1]
+    assert wanted == [0, 3, 3, 1]
+    (ids,) = DocumentEncoder(text_tokenizer(tokenizer))(["hi hi"])
+    assert ids.tolist() == wanted
+    assert _text_encoder(tokenizer)("hi hi")[0].ids == wanted
+
+
+def test_ids_that_leave_numbers_out_are_not_cut_short() -> None:
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 70_000}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert text_tokenizer(tokenizer).dtype == "uint32"
 
 
 @settings(max_examples=60, deadline=None)
