@@ -30,7 +30,7 @@ from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
 from .lora import add_adapters
 from .manifest import Manifest
 from .method import Method
-from .models import compute_dtype, has_bf16_units, load_model, load_tokenizer, prepare
+from .models import compute_dtype, has_bf16_units, load_model, load_tokenizer, prepare, require_apart
 from .optim import build_optimizer
 from .parallel import build_engine, computes_whole
 from .pretrain import Pretraining, open_shards
@@ -87,6 +87,8 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     knobs, kernels = recipe.parallel, recipe.model.kernels
     whole = computes_whole(knobs.engine, knobs.tensor, knobs.context, recipe.model.compile)
     plugged = plug(model, kernels, whole, ranks.device, compute_dtype(recipe))
+    if recipe.batch.packing and not plugged.parts:  # a family that nobody has looked at
+        require_apart(model)
     if plugged.fault:
         print(f"model.kernels: auto takes PyTorch's code on {ranks.device}: Triton's {plugged.fault}", file=sys.stderr)
     if recipe.lora.rank:

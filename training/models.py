@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,15 +164,37 @@ def has_bf16_units() -> bool:
 
 
 def for_training(model: PreTrainedModel) -> PreTrainedModel:
-    """Put a model into training mode, without which activation checkpointing does nothing, and dropout to zero: its
-    random numbers would make the loss depend on how a batch is cut, and one pass over much text needs none."""
+    """Put a model into training mode, without which activation checkpointing does nothing, and dropout to zero (a
+    router's jitter too): its random numbers would make the loss depend on how a batch is cut, and one pass over much
+    text needs none."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        for name, value in vars(module).items():  # OPT calls it dropout, Bloom hidden_dropout, Llama attention_dropout
+            if isinstance(value, float) and re.search("drop|jitter", name):
+                setattr(module, name, 0.0)
     watch(model)
     return model.train()
+
+
+@torch.no_grad()
+def require_apart(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model in which documents of one row see each other, though positions restart at each:
+    recurrent layers, ALiBi and some attention of transformers' take no notice.
+
+    What another first document changes in the second one's logits is measured by what it changes where both are one.
+    D documents, B rows, T tokens, V vocabulary.
+    """
+    ids_DT = (torch.arange(12) * 37 % model.config.get_text_config().vocab_size).view(3, 4)
+    ids_BT = torch.stack([torch.cat([ids_DT[first], ids_DT[2]]) for first in (0, 1, 0, 1)]).to(model.device)
+    positions_BT = torch.stack([torch.arange(4).repeat(2)] * 2 + [torch.arange(8)] * 2).to(model.device)
+    logits_BTV = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits[:, 4:].float()
+    apart, joined = ((logits_BTV[a] - logits_BTV[a + 1]).abs().max().item() for a in (0, 2))
+    if apart > max(1e-4, 10 * torch.finfo(model.dtype).eps) * joined:
+        raise ValueError(
+            f"batch.packing: documents of one row see each other in a model of type {model.config.model_type}; set "
+            "batch.packing: false (for pretraining with data.format: text, not data.tokens)"
+        )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from shipyard.training.batches import collate
 from shipyard.training.dataset import Sample
 from shipyard.training.float8 import product, require_hopper, use_float8
 from shipyard.training.loop import train
-from shipyard.training.models import blocks, has_bf16_units, load_model, prepare, shape_config
+from shipyard.training.models import blocks, has_bf16_units, load_model, prepare, require_apart, shape_config
 from shipyard.training.recipe import Model, load_recipe
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -92,6 +92,50 @@ def test_positions_that_do_not_restart_would_be_seen(family: str, shape) -> None
         right = losses.target_log_probs(model, batch)
         batch.positions_BT.copy_(torch.arange(batch.positions_BT.shape[1])[None])
         assert (losses.target_log_probs(model, batch) - right).abs().max() > 0.1
+
+
+OTHERS = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 8, "num_local_experts": 4},
+    "gemma2": {"head_dim": 8, "sliding_window": 4},
+    "mixtral": {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("family", list(OTHERS))
+def test_families_whose_documents_see_each_other_are_not_packed(family: str, tiny_model: Path, tmp_path: Path) -> None:
+    """transformers' own attention keeps documents apart in some families; recurrent layers, ALiBi and sinks do not."""
+    shape = tmp_path / "shape.json"
+    shape.write_text(json.dumps({**GATED, "tie_word_embeddings": False, **OTHERS[family], "model_type": family}))
+    model = load_model(scratch(str(shape)), trains_all=True)
+    if family in ("gemma2", "mixtral"):
+        require_apart(model)
+        return
+    with pytest.raises(ValueError, match=rf"batch.packing: documents of one row see each other .* type {family}; set"):
+        require_apart(model)
+    tree = {
+        "method": "sft", "steps": 1, "run_dir": str(tmp_path / "run"), "data": {"train": str(tmp_path / "rows.jsonl")},
+        "model": {"name": "scratch", "shape": str(shape), "tokenizer": str(tiny_model), "dtype": "float32"},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    with pytest.raises(ValueError, match=r"batch.packing"):
+        train(load_recipe(tmp_path / "recipe.yaml"))
+    if family == "bloom":
+        train(load_recipe(tmp_path / "recipe.yaml", ["batch.packing=false"]))
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt_bigcode"])
+def test_no_family_draws_random_numbers(family: str, tmp_path: Path) -> None:
+    """OPT and BigCode keep rates of dropout as numbers of their own."""
+    shape = tmp_path / "shape.json"
+    own = {"ffn_dim": 64, "word_embed_proj_dim": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    tree = {**COMMON, "tie_word_embeddings": False, **own, "model_type": family}
+    shape.write_text(json.dumps(tree))
+    model = load_model(scratch(str(shape)), trains_all=True)
+    first, second = (losses.target_log_probs(model, collate(documents(), False)).detach() for _ in range(2))
+    assert first.equal(second)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
