@@ -61,8 +61,8 @@ def parse_cluster(text: str) -> Cluster:
     by_case = {known.lower(): known for known in cards}
     if name.lower() not in by_case:
         near = difflib.get_close_matches(name.lower(), by_case, 1, 0.4)
-        hint = f"; did you mean {by_case[near[0]]}?" if near else ""
-        raise ValueError(f"--gpus: card {name!r} is not known{hint} Known: {', '.join(cards)}")
+        hint = f"; did you mean {by_case[near[0]]}? Known" if near else "; known"
+        raise ValueError(f"--gpus: card {name!r} is not known{hint}: {', '.join(cards)}")
     card = cards[by_case[name.lower()]]
     if count < 1:
         raise ValueError(f"--gpus: {text!r} has no card in it; write 1x{card.name} or more")

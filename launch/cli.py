@@ -101,12 +101,12 @@ def launch(
     overrides: Overrides = None,
     on: Annotated[Literal["local", "slurm", "kubernetes", "jobset", "skypilot", "ray"], typer.Option()] = "local",
     nodes: Annotated[int, typer.Option(help="How many machines.")] = 1,
-    gpus: Annotated[int, typer.Option(help="Ranks on each: GPUS, or CPU processes where there is none.")] = 1,
-    restarts: Annotated[int | None, typer.Option(min=0, help="After crashes. [default: 3; local 0]")] = None,
+    gpus: Annotated[int, typer.Option(help="Ranks on each: GPUs, or CPU processes where there is none.")] = 1,
+    restarts: Annotated[int | None, typer.Option(min=0, help="After crashes (default: 3; local 0).")] = None,
     image: Annotated[str, typer.Option(help="Container image, for kubernetes, jobset and skypilot.")] = "",
     storage: Annotated[str, typer.Option(help="Where runs are kept: a volume claim, or skypilot's bucket.")] = "",
     accelerator: Annotated[str, typer.Option(help="What skypilot rents.")] = "H100",
-    out: Annotated[Path | None, typer.Option(help="File to write. [default: in RUN_DIR/launch]")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write (default: in RUN_DIR/launch).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the file; write and start nothing.")] = False,
 ) -> None:
     """Train on several GPUs or machines: write the job, start it."""
@@ -128,7 +128,7 @@ def export(
         Literal["hf", "gguf", "ollama", "litgpt", "deepspeed", "checkpoint"], typer.Option(help="Format.")
     ] = "gguf",
     quant: Annotated[str | None, typer.Option(help="f32, f16, bf16 or q8_0; for gguf several with commas.")] = None,
-    out: Annotated[Path | None, typer.Option(help="New directory. [default: MODEL-FORMAT]")] = None,
+    out: Annotated[Path | None, typer.Option(help="New directory (default: exports/MODEL-FORMAT).")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model, with a parity certificate; a checkpoint for DeepSpeed; a run from DeepSpeed's."""
@@ -202,7 +202,7 @@ def bench(
     shape: Annotated[str, typer.Option(help="checkpoint: a model of launch/shapes.")] = "smollm2-135m",
     rounds: Annotated[int, typer.Option(min=1, help="train, checkpoint: how often.")] = 3,
     litgpt: Annotated[Path | None, typer.Option(help="train: a virtual environment that holds LitGPT.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="train: threads of a trainer. [default: cores]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="train: threads of a trainer (default: cores).")] = None,
 ) -> None:
     """Time the parts on this machine, beside their peers."""
     typer.echo(run_bench(name, out, datasheet, workload, shape, rounds, litgpt, threads))
@@ -227,7 +227,7 @@ def verify(
 @app.command()
 def replay(
     run: Annotated[Path, typer.Argument(help="A run that named a bad step.")],
-    step: Annotated[int | None, typer.Option(min=1, help="Which one. [default: the last]")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Which one (default: the last).")] = None,
     as_json: Json = False,
 ) -> None:
     """Compute a run's bad step again: which rows, and is it bad still?"""

@@ -129,6 +129,8 @@ def launch(job: Job, where: Where, out: Path | None = None) -> int:
     a cluster took it. Raises ValueError when the cluster's program is not here or refuses; the file is there then."""
     cluster = CLUSTERS[where]
     path = out or Path(job.recipe.run_dir) / "launch" / (job.name + cluster.suffix)
+    if path.resolve() == job.recipe_path.resolve():
+        raise ValueError(f"out: {path} is the recipe itself; give --out the name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(cluster.write(job), encoding="utf-8")
     command = [*cluster.start, str(path)]

@@ -11,6 +11,7 @@ from ..training.exit_code import EXIT_MISTAKE
 
 SAYING_S = 10
 """Longer than ranks of one machine differ in time, at most."""
+BAD_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ELOOP)
 EXTRAS = {  # what brings a module that is missing
     "train": "torch transformers trl peft accelerate deepspeed bitsandbytes datasets safetensors gguf numpy",
     "serve": "fastapi uvicorn httpx openai",
@@ -58,6 +59,8 @@ def os_error(error: OSError) -> str | None:
         return f"file: {name} does not exist; check the path" if error.filename else str(error)
     if isinstance(error, PermissionError):
         return f"file: {name} may not be opened ({error.strerror}); check its owner and mode"
+    if error.errno in BAD_PATHS and error.filename:
+        return f"file: {name} cannot be read or written ({error.strerror}); give another path"
     if error.errno == errno.EADDRINUSE:
         return "port: another program listens on it; give another --port"
     return None

@@ -7,6 +7,7 @@ measured on the real model under FakeTensorMode (launch/footprint.py), time foll
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -181,8 +182,8 @@ def plan_recipe(
 
     cluster = parse_cluster(gpus)
     recipe = load_recipe(path, overrides)
-    if price is not None and price < 0:
-        raise ValueError(f"--price: {price} is below zero; give the price of one GPU for an hour")
+    if price is not None and not 0 <= price < math.inf:
+        raise ValueError(f"--price: {price} is below zero or no number; give the price of one GPU for an hour")
     config = config_of(recipe)
     work = from_recipe(recipe, config, cluster.gpus, cluster.card.arch)
     rollouts = rollout_cache(recipe, config, cluster.gpus)

@@ -69,8 +69,7 @@ def dry_run(recipe: Recipe, as_json: bool) -> None:
         from .tables import print_memory
 
         print_memory(memory, world_size)
-    for note in notes:
-        console.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+    _print_notes(console, notes)
 
 
 def inspect(recipe: Recipe, count: int, as_json: bool) -> None:
@@ -81,22 +80,25 @@ def inspect(recipe: Recipe, count: int, as_json: bool) -> None:
         return
     console = Console(highlight=False)
     _print_rows(console, preview)
-    for note in preview.notes:
-        console.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+    _print_notes(console, preview.notes)
 
 
 def look(recipe: Recipe, count: int) -> Preview:
     """Load the tokenizer and the data as training would, and view the first rows. Raises ValueError for bad data."""
     from ..training.models import load_tokenizer
+    from ..training.rows import local_path
 
     name = recipe.model.tokenizer or recipe.model.name
     missing = [f"data: {recipe.data.train} is not on this machine"] if is_hub_name(recipe.data.train) else []
     try:
         tokenizer = load_tokenizer(recipe.model)
-    except ValueError:
-        return Preview(
-            [], None, None, [], [f"tokenizer: {name} is not on this machine, so no rows are shown", *missing]
-        )
+    except ValueError as error:
+        if Path(name).is_file() or name.startswith("asset:"):
+            raise  # no run to come, and no download, makes a model of it
+        if recipe.data.tokens is None and not recipe.data.train.startswith("task:"):
+            local_path(recipe.data.train)
+        why = str(error) if Path(name).is_dir() else f"tokenizer: {name} is not on this machine"
+        return Preview([], None, None, [], [f"{why}, so no rows are shown", *missing])
     if recipe.method == "grpo":
         return _view_questions(recipe, tokenizer, count)
     if recipe.data.tokens is not None:
@@ -193,13 +195,19 @@ def _print_rows(console: Console, preview: Preview) -> None:
         console.print(f"{preview.train_rows} rows to train on, {preview.validation_rows} held out", style="bold")
     for view in preview.rows:
         supervised = sum(view.supervised)
-        console.print(f"{view.source}: {len(view.ids)} tokens, {supervised} supervised (green)", style="bold")
+        head = f"{view.source}: {len(view.ids)} tokens, {supervised} supervised (green)"
+        console.print(Text(head), style="bold", soft_wrap=True)
         console.print(_coloured(view.text, view.supervised), soft_wrap=True)
         console.print("ids  " + " ".join(map(str, view.ids)), style="dim", soft_wrap=True)
         console.print("mask " + "".join("#" if flag else "." for flag in view.supervised), style="dim", soft_wrap=True)
         console.print()
     if preview.boundaries:
         console.print(f"packed into one row, these documents meet at {preview.boundaries}\n")
+
+
+def _print_notes(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:  # names and messages hold brackets of their own
+        console.print(Text.assemble(("note:", "yellow"), " ", note), soft_wrap=True)
 
 
 def _coloured(pieces: Sequence[str], supervised: Sequence[bool]) -> Text:

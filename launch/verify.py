@@ -13,6 +13,7 @@ from .assets import PREFIX, cache_dir
 
 STEP = re.compile(r"step-(\d{6,})")
 NAMED = 3
+CERTIFICATES = "*certificate*.json"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def verify_tree(path: Path, as_json: bool) -> bool:
     root = path if path.is_dir() else path.parent
     if not path.exists():
         raise ValueError(f"verify: {path} does not exist; give a run, checkpoint, model or export")
+    if path.is_file() and not (root / MANIFEST).is_file() and not path.match(CERTIFICATES):
+        raise ValueError(f"verify: {path} is in no committed directory; give a run, checkpoint, model or export")
     findings = list(findings_under(root))
     if not findings:
         raise ValueError(f"verify: {root} holds no {MANIFEST} and no certificate, so nothing there was ever committed")
@@ -103,11 +106,12 @@ def verify_tree(path: Path, as_json: bool) -> bool:
         print(json.dumps({"passed": passed, "findings": [asdict(finding) for finding in findings]}, indent=1))
         return passed
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(soft_wrap=True, highlight=False)
-    for finding in findings:
-        mark = "[green]ok    [/]" if finding.passed else "[red]FAILED[/]"
-        console.print(f"{mark} {finding.kind:11} {finding.path}  [dim]{finding.detail}[/]")
+    for finding in findings:  # paths hold brackets of their own
+        mark = ("ok    ", "green") if finding.passed else ("FAILED", "red")
+        console.print(Text.assemble(mark, f" {finding.kind:11} {finding.path}  ", (finding.detail, "dim")))
     return passed
 
 
@@ -124,7 +128,7 @@ def findings_under(root: Path) -> Iterator[Finding]:
         yield _fall_back(run, manifests, damaged)
     for directory in manifests:
         yield from _lineage(directory)
-    for certificate in sorted(root.rglob("*certificate*.json")):
+    for certificate in sorted(root.rglob(CERTIFICATES)):
         if not _is_scratch(certificate, root):
             yield _certificate(certificate)
 
@@ -211,6 +215,8 @@ def _certificate(path: Path) -> Finding:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return Finding(str(path), "certificate", False, "is not JSON; export again")
+    if not isinstance(tree, dict):
+        return Finding(str(path), "certificate", False, "is no certificate of shipyard's")
     if tree.get("kind") == "invariance":
         return _invariance(path, tree)
     if tree.get("checked") is False:

@@ -3,6 +3,7 @@
 The directory appears only when every certificate has passed; its manifest names the source by the digest of its files.
 """
 
+import contextlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..training.deepspeed_files import export_deepspeed, import_deepspeed
 from ..training.litgpt import load_litgpt, save_litgpt
-from ..training.manifest import MANIFEST, hash_file, new_directory, verify
+from ..training.manifest import MANIFEST, hash_file, new_directory, read_manifest, verify
 from .gguf import KINDS, write_gguf
 from .llamacpp import require_llamacpp
 from .modelfile import TemplateCertificate, write_modelfile
@@ -66,8 +67,13 @@ def _quants(to: str, quant: str | None) -> list[str]:
 
 
 def _check_out(out_dir: Path) -> None:
-    if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / MANIFEST).is_file()):
-        raise ValueError(f"out: {out_dir} exists and was not written by shipyard; name a new directory")
+    """An earlier export makes room for the next; a run's model or checkpoint, committed as well, does not."""
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return
+    with contextlib.suppress(ValueError):
+        if read_manifest(out_dir).about.get("kind") == "export":
+            return
+    raise ValueError(f"out: {out_dir} exists and is no export of shipyard's; name a new directory")
 
 
 def _export_hf(model_dir: Path, folder: Path) -> list[Certificate]:

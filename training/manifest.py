@@ -199,7 +199,7 @@ def read_manifest(directory: Path) -> Manifest:
         own = tree.pop("xxh3_128", None)  # manifests of older versions have none
         if tree.keys() == {"files", "about"} and own in (None, _hash_of(tree)):
             return Manifest(directory, tree["files"], tree["about"])
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         pass
     raise ValueError(f"manifest: {path} is damaged; use the copy before it")
 

@@ -20,13 +20,15 @@ from .rules import broken_rule
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 CountInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""What numpy's generators and torch's both take."""
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 class Section(BaseModel):
     """Base of every recipe section: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False, protected_namespaces=())
 
 
 class Model(Section):
@@ -169,7 +171,7 @@ class Recipe(Section):
 
     method: Literal["sft", "dpo", "grpo", "pretrain"]
     run_dir: str = "runs/run"
-    seed: CountInt = 17
+    seed: Seed = 17
     steps: PositiveInt | None = None
     epochs: PositiveInt | None = None
     resume: Literal["auto", "never"] = "auto"
@@ -217,6 +219,25 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, but a key given twice is an error, where PyYAML drops the first, and a date is text."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value}: given twice, keep one", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
 
@@ -226,8 +247,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise ValueError(f"recipe: {path} is not a file; recipes are in launch/recipes{_near_file(path)}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"recipe: {path} is not YAML: {reason}") from None
     if not isinstance(tree, dict):
@@ -258,8 +279,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if key not in knobs() and key.rpartition(".")[0] not in MAPPINGS:
         raise ValueError(f"override: {key!r} is no recipe key{_did_you_mean(key, knobs())}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
         raise ValueError(f"override: {key}={text!r} is not a YAML value; quote it") from None
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -318,6 +339,15 @@ def _allowed(location: Sequence[Any]) -> str:
         return "see the recipe's other values"
     if typing.get_origin(field.annotation) is Literal:
         return f"choose one of {', '.join(map(str, typing.get_args(field.annotation)))}"
-    kinds = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
     default = "" if field.is_required() or field.default is None else f" (default {field.default!r})"
-    return f"give {' or '.join(getattr(kind, '__name__', str(kind)) for kind in kinds)}{default}"
+    return f"give {' or '.join(_kinds(field.annotation))}{default}"
+
+
+def _kinds(annotation: Any) -> list[str]:
+    """What a field takes, in the words of YAML and Python."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _kinds(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return [name for kind in inner for name in _kinds(kind)]
+    return ["null" if annotation is types.NoneType else getattr(annotation, "__name__", str(annotation))]

@@ -1,5 +1,6 @@
 """A small tokenizer of one's own: byte-level BPE learned from the documents that a recipe trains on."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .corpus import cut, documents
 from .duplicates import document_hash
-from .manifest import MANIFEST, new_directory
+from .manifest import new_directory, read_manifest
 from .quarantine import Quarantine
 from .recipe import Recipe
 
@@ -27,7 +28,7 @@ def train_tokenizer(recipe: Recipe, size: int) -> Path:
     if name is None or name.startswith("asset:"):
         raise ValueError("model.tokenizer: name a directory for the tokenizer, runs/tokenizer for instance")
     target = Path(name)
-    if target.exists() and not (target / MANIFEST).is_file():
+    if target.exists() and not _made_here(target):
         raise ValueError(
             f"model.tokenizer: {target} is there, and not of this command's making; name another directory"
         )
@@ -46,6 +47,13 @@ def train_tokenizer(recipe: Recipe, size: int) -> Path:
     with new_directory(target, {"kind": "tokenizer", "size": len(fast)}) as scratch:
         fast.save_pretrained(scratch)
     return target
+
+
+def _made_here(target: Path) -> bool:
+    """Whether a directory holds a tokenizer of this command's: a run's model is committed as well."""
+    with contextlib.suppress(ValueError):
+        return read_manifest(target).about.get("kind") == "tokenizer"
+    return False
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:

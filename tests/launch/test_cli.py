@@ -47,6 +47,8 @@ MISTAKES = [
     (["train", SFT, "lora.rank=0"], "model.quantize: nf4 weights are frozen"),
     (["fetch", "smollm"], "did you mean asset:smollm2"),
     (["verify", "nowhere"], "nowhere does not exist"),
+    (["verify", SFT], "smollm2-135m-sft.yaml is in no committed directory"),
+    (["train", "n" * 300], "cannot be read or written (File name too long); give another path"),
     (["serve", "nowhere"], "nowhere does not exist"),
     (["export", "asset:smollm2-135m-instruct", "--to", "onnx"], "--to"),
 ]
@@ -84,6 +86,12 @@ ERRORS = [
     (FileNotFoundError(errno.ENOENT, "No such file", "a.csv"), 2, "a.csv does not exist"),
     (PermissionError(errno.EACCES, "Permission denied", "a.csv"), 2, "a.csv may not be opened"),
     (ModuleNotFoundError("No module named 'xllamacpp'", name="xllamacpp"), 2, "shipyard-llm[llamacpp]"),
+    (
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.csv/x"),
+        2,
+        "a.csv/x cannot be read or written (Not a",
+    ),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "runs"), 2, "runs cannot be read or written (Is a directory)"),
     (KeyboardInterrupt(), 130, ""),
 ]
 
@@ -100,6 +108,13 @@ def test_errors_from_below(
     errors = capsys.readouterr().err
     assert said in errors
     assert errors.count("\n") <= 1
+
+
+def test_help_says_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich takes words in brackets for a style, and drops them."""
+    for command, said in (("launch", "RUN_DIR/launch"), ("export", "exports/MODEL-FORMAT"), ("replay", "the last")):
+        assert run_command([command, "--help"]) == 0
+        assert said in " ".join(capsys.readouterr().out.replace("│", "").split()), command
 
 
 def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +144,31 @@ def test_big_recipes_resolve_offline(
     assert 10e9 < sum(tree["memory_bytes"].values()) < 200e9
     assert any("tokenizer" in note and "not on this machine" in note for note in tree["notes"])
     assert not list(tmp_path.iterdir())
+
+
+DRY = "method: sft\nsteps: 1\nmodel: {name: NAME}\ndata: {train: DATA}\n"
+
+
+def test_dry_run_says_what_is_missing_and_refuses_what_nothing_brings(
+    tmp_path: Path, chat_rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    recipe, rows = tmp_path / "recipe.yaml", str(chat_rows)
+    recipe.write_text(DRY.replace("NAME", "owner/model").replace("DATA", rows))
+    assert run_command(["train", str(recipe), "--dry-run"]) == 0
+    assert "note: tokenizer: owner/model is not on this machine" in " ".join(capsys.readouterr().out.split())
+    recipe.write_text(DRY.replace("NAME", "'bad/[/x]'").replace("DATA", rows))
+    assert run_command(["train", str(recipe), "--dry-run"]) == 0
+    assert "note: tokenizer: bad/[/x] is not on this machine" in " ".join(capsys.readouterr().out.split())
+    for name, data, said in (
+        (rows, rows, f"model.tokenizer: {rows} cannot be loaded"),
+        ("asset:unheard", rows, "asset: 'unheard' is not in assets.yaml"),
+        ("owner/model", "gone.jsonl", "data: gone.jsonl is not a file"),
+    ):
+        recipe.write_text(DRY.replace("NAME", name).replace("DATA", data))
+        assert run_command(["train", str(recipe), "--dry-run"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_dry_run_shows_rows_as_the_model_sees_them(

@@ -174,6 +174,17 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_job_is_not_written_over_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(Path(RECIPE).read_text())
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["launch", str(recipe), "--on", "slurm", "--out", "mine.yaml"]) == 2
+    assert "out: mine.yaml is the recipe itself" in capsys.readouterr().err
+    assert recipe.read_text() == Path(RECIPE).read_text()
+
+
 def test_written_then_started_or_said_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

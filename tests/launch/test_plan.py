@@ -70,6 +70,8 @@ MISTAKES = [
     (["batch.size=100", "--gpus", "64xH100-80GB"], "batch.size: 100 samples do not divide"),
     (["model.float8=true", "--gpus", "8xA100-80GB"], "A100-80GB has no float8 arithmetic"),
     (["--price", "-1"], "--price: -1.0 is below zero"),
+    (["--price", "nan"], "--price: nan is below zero or no number"),
+    (["--gpus", "8xUnheard"], "card 'Unheard' is not known; known: H100-80GB"),
     (["model.shape=llama9"], "'llama9' is not in launch/shapes"),
     (["model.shape=null", "model.name=owner/unknown"], "model.shape: the shape of owner/unknown is not known here"),
 ]

@@ -60,6 +60,29 @@ def test_nothing_to_check_is_not_success(tmp_path: Path) -> None:
     assert run_command(["verify", str(tmp_path)]) == 2
 
 
+def test_a_file_stands_for_the_directory_that_it_was_committed_in(run_dir: Path) -> None:
+    (run_dir / "rows.jsonl").write_text("{}")
+    assert run_command(["verify", str(run_dir / "rows.jsonl")]) == 2
+    assert run_command(["verify", str(run_dir / "certificate.json")]) == 0
+    assert run_command(["verify", str(run_dir / "model" / "weights")]) == 0
+
+
+def test_names_in_brackets_and_files_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with new_directory(tmp_path / "[red]" / "model", {}) as scratch:
+        (scratch / "weights").write_bytes(b"x")
+    with new_directory(tmp_path / "[" / "bold]", {}) as scratch:  # "[/bold]" closes what nothing opened
+        (scratch / "weights").write_bytes(b"x")
+    assert run_command(["verify", str(tmp_path)]) == 0
+    assert "[red]/model" in capsys.readouterr().out
+    for name in ("manifest.json", "certificate.json"):
+        (tmp_path / name).write_text("[]")
+    failed = [finding.detail for finding in findings_under(tmp_path) if not finding.passed]
+    assert [detail.rpartition("manifest: ")[2].partition(";")[0] for detail in failed] == [
+        f"{tmp_path / 'manifest.json'} is damaged",
+        "is no certificate of shipyard's",
+    ]
+
+
 def test_a_damaged_checkpoint_is_named_to_the_bit_with_the_step_to_fall_back_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from shipyard.serving.export import export
 from shipyard.serving.gateway import build_server
 from shipyard.serving.limits import Limits
 from shipyard.serving.parity import BUDGETS, Reference, certify_gguf, read_reference
-from shipyard.training.manifest import read_manifest, verify
+from shipyard.training.manifest import new_directory, read_manifest, verify
 from test_gguf import edit_number, edit_string, undo_permutation
 from tiny_models import make_model
 
@@ -68,9 +68,13 @@ def test_a_failed_certificate_or_a_strange_directory_leaves_all_as_it_was(tmp_pa
         export(tmp_path / "model", tmp_path / "out", "gguf")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("all my work")
-    with pytest.raises(ValueError, match="was not written by shipyard"):
-        export(tiny, tmp_path / "precious", "gguf")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious"]
+    with new_directory(tmp_path / "trained", {"kind": "model"}) as scratch:
+        (scratch / "model.safetensors").write_bytes(b"a week of training")
+    for mine in ("precious", "trained"):
+        with pytest.raises(ValueError, match="is no export of shipyard's"):
+            export(tiny, tmp_path / mine, "gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious", "trained"]
+    assert (tmp_path / "trained" / "model.safetensors").is_file()
     with pytest.raises(ValueError, match=r"model: .* holds no config\.json"):
         export(tmp_path / "precious", tmp_path / "out", "gguf")
 

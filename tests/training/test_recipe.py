@@ -111,6 +111,9 @@ def test_knobs_are_the_listed_ones_and_few() -> None:
         (merged(optim={"lrr": 1}), ["optim.lrr", "unknown key", "optim.lr"]),
         (merged(learning_rate=1), ["learning_rate", "unknown key"]),
         (merged(optim={"lr": -1}), ["optim.lr", "-1", "greater than 0"]),
+        (merged(optim={"lr": float("inf")}), ["optim.lr", "inf", "finite"]),
+        (merged(seed=2**63), ["seed", "less than"]),
+        (merged(steps=0), ["steps: 0 is refused", "give int or null"]),
         (merged(method="ppo"), ["method", "ppo", "sft", "grpo"]),
         (merged(optim=3), ["optim", "3", "section"]),
         ({"method": "sft", "steps": 1, "data": {"train": "x"}}, ["model", "required"]),
@@ -156,6 +159,16 @@ def test_missing_file_and_broken_yaml_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(ValueError, match=r"broken\.yaml is not YAML"):
         load_recipe(tmp_path / "broken.yaml")
+
+
+def test_yaml_drops_no_key_and_makes_no_dates(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(SMALL) + "optim: {lr: 1e-3}\noptim: {beta1: 0.5}\n")
+    with pytest.raises(ValueError, match=r"r\.yaml is not YAML: optim: given twice, keep one .* line \d+"):
+        load_recipe(path)
+    path.write_text(yaml.safe_dump(SMALL))
+    for day in ("2026-11-26", "2026-13-45"):
+        assert load_recipe(path, [f"run_dir={day}"]).run_dir == day
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)

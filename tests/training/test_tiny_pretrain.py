@@ -9,6 +9,7 @@ from shipyard.evals.tasks import evaluate
 from shipyard.launch.assets import resolve
 from shipyard.launch.workers import runner
 from shipyard.training import preparation
+from shipyard.training.manifest import new_directory
 from shipyard.training.models import load_model, load_tokenizer
 from shipyard.training.recipe import Model, load_recipe
 from shipyard.training.rollout import generate
@@ -65,5 +66,8 @@ def test_the_tokenizer_is_learned_from_what_is_trained_on(tmp_path: Path, tiny_m
     assert (again / "tokenizer.json").read_bytes() == (tmp_path / "c" / "tokenizer.json").read_bytes()
     with pytest.raises(ValueError, match="size: 100"):
         train_tokenizer(load_recipe(RECIPE, third), 100)
-    with pytest.raises(ValueError, match="not of this command's making"):
-        train_tokenizer(load_recipe(RECIPE, [*base, f"model.tokenizer={tiny_model}"]), 300)
+    with new_directory(tmp_path / "trained", {"kind": "model"}) as scratch:
+        (scratch / "model.safetensors").write_bytes(b"a week of training")
+    for mine in (tiny_model, tmp_path / "trained"):
+        with pytest.raises(ValueError, match="not of this command's making"):
+            train_tokenizer(load_recipe(RECIPE, [*base, f"model.tokenizer={mine}"]), 300)
