@@ -1,12 +1,14 @@
 """Batches as a pure function of (seed, step): no loader state, so nothing to save, replay or lose.
 
-One optimizer step consumes one *global* batch. It is cut into micro-batches by position alone, so the number of ranks,
-the micro-batch size and the accumulation change who computes what, never what is computed. A rank whose share of a
-ragged last window is empty gets a micro-batch of weight zero: every rank takes part in every collective.
+One optimizer step consumes one *global* batch. The number of ranks, the micro-batch size and the accumulation change
+who computes what, never what is computed. So the batch is cut evenly by the lengths of its samples: ranks do not wait
+for the one with the longest, and no pass takes much more memory than another. A rank whose share of a ragged last
+window is empty gets a micro-batch of weight zero: every rank takes part in every collective.
 
 Shape legend: B rows, T tokens, K kept columns, N supervised targets of the micro-batch.
 """
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -14,6 +16,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+
+from .recipe import Batch
 
 Item = TypeVar("Item")
 
@@ -70,11 +74,52 @@ def accumulation(size: int, micro: int, world_size: int) -> int:
     return -(-size // (micro * world_size))
 
 
-def share(items: Sequence[Item], size: int, micro: int, world_size: int, rank: int) -> list[Sequence[Item]]:
-    """Cut one global batch: this rank's micro-batches, possibly empty ones, always `accumulation(...)` of them."""
-    rounds = accumulation(size, micro, world_size)
-    starts = ((turn * world_size + rank) * micro for turn in range(rounds))
-    return [items[start : start + micro] for start in starts]
+def share(
+    items: Sequence[Item], tokens: Sequence[float], batch: Batch, world_size: int, rank: int
+) -> list[Sequence[Item]]:
+    """Cut one global batch, whose items have so many `tokens` each: this rank's micro-batches, the longest first.
+
+    Always `accumulation(...)` of them; if there is less to do, the last ones are empty on every rank. Those that run at
+    the same time are of like length, and the longest of each turn goes to the rank that has least so far.
+    """
+    turns = accumulation(len(items), batch.micro, world_size)
+    parts = cut(tokens, batch, turns * world_size)
+    mine: list[Sequence[Item]] = []
+    loads = [0.0] * world_size
+    for turn in range(turns):
+        each = parts[turn * world_size : (turn + 1) * world_size]
+        for owner, part in zip(sorted(range(world_size), key=loads.__getitem__), each, strict=True):
+            loads[owner] += _cost(part, tokens, batch)
+            if owner == rank:
+                mine.append([items[index] for index in part])
+    return mine + [items[:0]] * (accumulation(batch.size, batch.micro, world_size) - turns)
+
+
+def cut(tokens: Sequence[float], batch: Batch, count: int) -> list[list[int]]:
+    """`count` groups of at most `batch.micro` of the items that have so many tokens each, by index, costliest first.
+
+    Packed, each goes to the group that is shortest so far, the longest item first (Graham 1969). Padded, items of like
+    length lie together.
+    """
+    assert len(tokens) <= count * batch.micro
+    order = sorted(range(len(tokens)), key=lambda index: -tokens[index])
+    parts: list[list[int]] = [[] for _ in range(count)]
+    if batch.packing:
+        heap = [(0.0, number) for number in range(count)]
+        for index in order:
+            load, number = heapq.heappop(heap)
+            parts[number].append(index)
+            if len(parts[number]) < batch.micro:
+                heapq.heappush(heap, (load + tokens[index], number))
+    else:
+        parts = [part.tolist() for part in np.array_split(np.asarray(order, np.int64), max(1, count))]
+    return sorted(map(sorted, parts), key=lambda part: -_cost(part, tokens, batch))
+
+
+def _cost(part: Sequence[int], tokens: Sequence[float], batch: Batch) -> float:
+    """Tokens that a pass computes, padding included."""
+    lengths = [tokens[index] for index in part]
+    return sum(lengths) if batch.packing else len(lengths) * max(lengths, default=0.0)
 
 
 def tree_block(leaves: int, world_size: int, rank: int) -> range:

@@ -1,11 +1,11 @@
 """`deterministic: elastic`: the same bits of weights, gradient norm and loss on 1, 2, 4, 8 ... ranks.
 
-Floating-point sums depend on their order, so this engine fixes it. A global batch is cut into micro-batches by position
-and the recipe's `batch.micro` alone; each one's gradient is computed by itself, and all of them are added in one binary
-tree over their numbers. The tree halves the row of micro-batches, the larger half on the left; with a power of two of
-ranks, each rank owns one whole subtree, and what is left to add between ranks is a balanced tree over rank numbers.
-There, sums are not left to an all-reduce: every rank gets its slice of everybody's gradient, adds the pieces in tree
-order and hands the result to all; as many bytes travel as in a ring all-reduce.
+Floating-point sums depend on their order, so this engine fixes it. A global batch is cut into micro-batches by its
+lengths and the recipe's `batch.micro` alone; each one's gradient is computed by itself, and all of them are added in
+one binary tree over their numbers. The tree halves the row of micro-batches, the larger half on the left; with a power
+of two of ranks, each rank owns one whole subtree, and what is left to add between ranks is a balanced tree over rank
+numbers. There, sums are not left to an all-reduce: every rank gets its slice of everybody's gradient, adds the pieces
+in tree order and hands the result to all; as many bytes travel as in a ring all-reduce.
 
 The price: weights, gradients and moments lie whole on every rank; up to log2(micro-batches of a rank) + 2 gradients are
 held at a time; nothing is sent before the last backward ends; on CPUs one thread computes, because the order of sums
@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batches import Item, tree_block, tree_merges
+from .batches import Item, accumulation, cut, tree_block, tree_merges
 from .engine import Engine
 from .ranks import Ranks
-from .recipe import Recipe
+from .recipe import Batch, Recipe
 
 BUCKET_NUMBERS = 1 << 24
 """Gradient elements that travel at a time: the exchange holds three buffers of this size, 192 MiB."""
@@ -41,14 +41,15 @@ class ElasticEngine(Engine):
     def _distribute(self) -> nn.Module:
         return self.module
 
-    def share(self, items: Sequence[Item], size: int, micro: int) -> list[Sequence[Item]]:
+    def share(self, items: Sequence[Item], tokens: Sequence[float], batch: Batch) -> list[Sequence[Item]]:
         """The subtree of this rank; a rank without one computes one inert micro-batch, whose gradient is zero."""
-        leaves = -(-len(items) // micro)
+        leaves = accumulation(len(items), batch.micro, 1)
         block = tree_block(leaves, self.ranks.world_size, self.ranks.rank)
         self._rounds = max(1, -(-leaves // self.ranks.world_size))
         self._merges = tree_merges(max(1, len(block)))
         self._partial = []
-        return [items[number * micro : (number + 1) * micro] for number in block] or [items[:0]]
+        parts = cut(tokens, batch, leaves)
+        return [[items[index] for index in parts[number]] for number in block] or [items[:0]]
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()

@@ -19,7 +19,7 @@ from .context_parallel import neighbours, sharing
 from .mesh import device_mesh
 from .optim import moment_names, set_learning_rate
 from .ranks import Ranks
-from .recipe import Recipe
+from .recipe import Batch, Recipe
 
 Read = Callable[[str, str, int, int], Tensor | None]
 """read(name, part, start, length): a flat range of a part of a stored parameter, fp32; None if it has no such part."""
@@ -72,9 +72,9 @@ class Engine:
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(self.module, device_ids=devices)
 
-    def share(self, items: Sequence[Item], size: int, micro: int) -> list[Sequence[Item]]:
+    def share(self, items: Sequence[Item], tokens: Sequence[float], batch: Batch) -> list[Sequence[Item]]:
         """This rank's micro-batches of a global batch, at least one, some maybe without items."""
-        return share(items, size, micro, self.ranks.world_size // self.alike, self.ranks.rank // self.alike)
+        return share(items, tokens, batch, self.ranks.world_size // self.alike, self.ranks.rank // self.alike)
 
     def total(self, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Logged numbers of this rank's micro-batches, added up over these and over ranks. Collective.

@@ -89,7 +89,7 @@ class Batch(Section):
     size: PositiveInt = Field(
         default=16, description="samples in one global optimizer step, whatever the number of ranks"
     )
-    micro: PositiveInt = Field(default=4, description="samples in one forward pass on one rank")
+    micro: PositiveInt = Field(default=4, description="samples in one forward pass on one rank, at most")
     packing: bool = Field(default=True, description="one row without padding, documents kept apart by position ids")
 
 

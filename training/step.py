@@ -35,7 +35,8 @@ def run_step(
     totals = method.totals(items)
     useful = method.useful(items)
     parts: list[dict[str, float]] = []
-    micro_batches = engine.share(useful, recipe.batch.size, recipe.batch.micro)
+    tokens = [method.totals([item])["tokens"] for item in useful]
+    micro_batches = engine.share(useful, tokens, recipe.batch)
     for number, micro_items in enumerate(micro_batches):
         with engine.micro_batch(last=number == len(micro_batches) - 1):
             loss, numbers = method.loss(engine.model, micro_items, totals)

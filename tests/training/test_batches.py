@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shipyard.training.batches import accumulation, batch_indices, collate, share, steps_per_epoch
 from shipyard.training.loss import gather_log_probs, per_document, target_log_probs
+from shipyard.training.recipe import Batch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -40,13 +41,47 @@ def test_an_epoch_visits_every_row_once_and_epochs_differ(seed: int, rows: int, 
         assert seen.tolist() != other.tolist()
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 7), st.integers(1, 6))
-def test_every_cut_holds_every_item_once_in_equally_many_rounds(items: int, size: int, micro: int, world: int) -> None:
-    batch = list(range(min(items, size)))
-    cuts = [share(batch, size, micro, world, rank) for rank in range(world)]
-    assert {len(cut) for cut in cuts} == {accumulation(size, micro, world)}
-    assert sorted(item for cut in cuts for part in cut for item in part) == batch
-    assert all(len(part) <= micro for cut in cuts for part in cut)
+@given(
+    st.lists(st.integers(2, 500), max_size=40), st.integers(1, 40), st.integers(1, 7), st.integers(1, 6), st.booleans()
+)
+def test_every_cut_holds_every_item_once_in_equally_many_rounds(
+    tokens: list[float], size: int, micro: int, world: int, packing: bool
+) -> None:
+    tokens, batch = tokens[:size], Batch(size=size, micro=micro, packing=packing)
+    items = list(range(len(tokens)))
+    cuts = [share(items, tokens, batch, world, rank) for rank in range(world)]
+    assert {len(mine) for mine in cuts} == {accumulation(size, micro, world)}
+    assert sorted(item for mine in cuts for part in mine for item in part) == items
+    assert all(len(part) <= micro for mine in cuts for part in mine)
+
+
+def test_a_cut_is_even() -> None:
+    """Lengths of instructions: cut by position, the rank with most has 1.3 times its share, a turn's longest pass 1.6
+    times the mean of the turn, and the longest of all 1.6 times the mean of all."""
+    random = np.random.default_rng(0)
+    batch = Batch(size=64, micro=4)
+    for _ in range(20):
+        tokens = random.gamma(2.4, 80, batch.size).clip(20, 512).astype(int).tolist()
+        cuts = [share(tokens, tokens, batch, 8, rank) for rank in range(8)]
+        assert max(sum(map(sum, mine)) for mine in cuts) < 1.03 * sum(tokens) / 8
+        for turn in range(2):
+            passes = [sum(mine[turn]) for mine in cuts]
+            assert max(passes) < 1.06 * sum(passes) / 8
+            assert max(passes) < 1.1 * sum(tokens) / 16
+
+
+def test_few_items_are_spread_over_ranks_and_fill_no_more_turns_than_they_need() -> None:
+    batch = Batch(size=64, micro=8)
+    five = [share(range(5), [9, 9, 9, 9, 9], batch, 4, rank) for rank in range(4)]
+    assert [[len(part) for part in mine] for mine in five] == [[2, 0], [1, 0], [1, 0], [1, 0]]
+    (mine,) = [share(range(16), [9] * 16, batch, 1, 0)]
+    assert [len(part) for part in mine] == [8, 8, 0, 0, 0, 0, 0, 0]
+
+
+def test_padded_items_lie_beside_items_of_like_length() -> None:
+    tokens = [2, 100, 3, 90, 4, 80, 5, 70]
+    cuts = [share(tokens, tokens, Batch(size=8, micro=2, packing=False), 2, rank) for rank in range(2)]
+    assert cuts == [[[100, 90], [2, 3]], [[80, 70], [4, 5]]]
 
 
 def reference_log_probs(model: nn.Module, document: Document) -> torch.Tensor:
