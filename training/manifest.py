@@ -166,8 +166,8 @@ def new_directory(path: Path, about: dict[str, Any]) -> Iterator[Path]:
         commit(scratch, about)
         publish(scratch, path)
     except Exception as error:
-        if disk_is_full(error):
-            raise ValueError(f"disk: no space left while writing {path}; free some, or set another run_dir") from error
+        if disk_is_full(error) or _has_no_room(scratch, error):
+            raise ValueError(f"disk: no space left while writing {path}; free some, or write elsewhere") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -187,6 +187,11 @@ def disk_is_full(error: Exception) -> bool:
     """safetensors reports a full disk in an exception of its own, with the kernel's number in its text."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+
+
+def _has_no_room(scratch: Path, error: Exception) -> bool:
+    """numpy's tofile and torch.save name no number of the kernel's, so the disk itself is asked."""
+    return isinstance(error, OSError | RuntimeError) and shutil.disk_usage(scratch).free < PIECE_BYTES
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors import SafetensorError
 from shipyard.training.manifest import MANIFEST, new_directory, verify
@@ -134,6 +136,23 @@ def test_a_full_disk_under_safetensors_is_named_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="disk: no space left"), new_directory(tmp_path / "run", {}):
         raise SafetensorError(text)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("save", ["numpy", "torch"])
+def test_a_full_disk_under_numpy_and_torch_is_named_too(save: str, tmp_path: Path) -> None:
+    """Their exceptions do not say what the kernel said."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with pytest.raises(ValueError, match="disk: no space left"), new_directory(tmp_path / "run", {}) as scratch:
+            if save == "numpy":
+                with (scratch / "data").open("wb") as file:
+                    np.zeros(1 << 20, np.float32).tofile(file)
+            else:
+                torch.save(torch.zeros(1 << 20), scratch / "data")
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 def test_an_interrupted_directory_does_not_count(tmp_path: Path) -> None:
