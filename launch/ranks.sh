@@ -10,6 +10,14 @@ RECIPE=${1:?a recipe, launch/recipes/llama3-8b-qlora.yaml for instance}
 shift
 GPUS=${GPUS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 1)')}
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+# Accelerate takes these as they are, and a rank that is none of the job's waits half an hour for the others.
+for name in GPUS NNODES NODE_RANK; do
+    case ${!name} in *[!0-9]*) echo "ranks.sh: $name: '${!name}' is no count; give a whole number" >&2 && exit 2 ;; esac
+done
+if [ "$GPUS" -lt 1 ] || [ "$NODE_RANK" -ge "$NNODES" ]; then
+    echo "ranks.sh: GPUS=$GPUS, rank $NODE_RANK of NNODES=$NNODES; give GPUS=1 or more, NODE_RANK=0 to NNODES - 1" >&2
+    exit 2
+fi
 # One machine needs no meeting place: port 0 is any free one. Several meet at the first, whose address all must be given.
 if [ "$NNODES" -gt 1 ]; then : "${MASTER_ADDR:?the address of the machine with NODE_RANK=0}"; fi
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-$((NNODES > 1 ? 29500 : 0))}

@@ -250,6 +250,24 @@ def test_scripts_for_several_machines(tmp_path: Path) -> None:
     assert words[-4:] == ["train", "launch/recipes/llama3-8b-dpo.yaml", "dpo.beta=0.2", "run_dir=a b"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"GPUS": "0"}, "GPUS=0"),
+        ({"GPUS": "-2"}, "GPUS: '-2' is no count"),
+        ({"GPUS": "2", "NNODES": "two"}, "NNODES: 'two' is no count"),
+        ({"GPUS": "2", "NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "rank 2 of NNODES=2"),
+    ],
+)
+def test_a_script_refuses_ranks_that_cannot_be(variables: dict[str, str], said: str) -> None:
+    environment = os.environ | {"PYTHON": "echo"} | variables
+    done = subprocess.run([ROOT / "launch" / "qlora.sh"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ranks.sh: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_files_are_what_the_code_uses(stage: int) -> None:
     """For people who give DeepSpeed's file to Accelerate themselves: what a recipe decides is "auto", the rest ours."""
