@@ -34,9 +34,8 @@ def routers(model: nn.Module) -> list[tuple[str, Any]]:
 def watch(model: nn.Module) -> None:
     """Count what the routers of a model choose, inside `counting` only. The biases start where they are."""
     for _, router in routers(model):
-        if router.weight.requires_grad:
-            router.register_forward_pre_hook(keep_wide)
-            router.register_forward_hook(_count)
+        router.register_forward_pre_hook(keep_wide)
+        router.register_forward_hook(_count)
 
 
 @contextmanager

@@ -76,10 +76,10 @@ def load_litgpt(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     left = set(missing) - set(model.all_tied_weights_keys or {})
     if left or unexpected:
         raise ValueError(f"model.name: {directory}/{WEIGHTS} does not fit {CONFIG}: {sorted([*left, *unexpected])[0]}")
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(model.config, key, getattr(model.generation_config, key))
+    known = (directory / "generation_config.json").is_file()
+    model.generation_config = GenerationConfig.from_pretrained(directory) if known else GenerationConfig()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # none at all are better than transformers' defaults
+        setattr(model.config, key, getattr(model.generation_config, key))
     return model.eval()
 
 

@@ -27,6 +27,7 @@ from .experts import watch
 from .float8 import require_hopper, use_float8
 from .init import initialise
 from .litgpt import is_litgpt, load_litgpt
+from .manifest import MANIFEST, read_manifest
 
 SCRATCH = "scratch"
 PROGRAMS = 32
@@ -58,6 +59,13 @@ def config_source(name: str) -> str | None:
     """Where transformers finds the config of a recipe's model; None where there is none to find: the model has it."""
     source = locate(name) if name != SCRATCH else None
     return None if source is None or is_litgpt(Path(source)) else source
+
+
+def committed_digest(name: str) -> str | None:
+    """The digest of a recipe's model where it is a committed directory, a run's or an asset; its hashes are not looked
+    at."""
+    path = Path(locate(name)) if name != SCRATCH else Path(name)
+    return read_manifest(path).digest if (path / MANIFEST).is_file() else None
 
 
 def shape_config(shape: str) -> dict[str, Any]:
@@ -105,7 +113,13 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
     Weights that are trained directly are fp32 (`trains_all`; the engine computes in `model.dtype`); frozen ones are
     stored in `frozen_dtype`, or NF4 with double quantization (Dettmers et al. 2023, QLoRA).
     """
-    dtype = torch.float32 if trains_all else frozen_dtype(model.dtype)
+    loaded = for_training(_load(model, torch.float32 if trains_all else frozen_dtype(model.dtype), seed))
+    if trains_all:  # adapters alone would not say what their routers have learned
+        watch(loaded)
+    return loaded
+
+
+def _load(model: recipes.Model, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     if model.name == SCRATCH:
         if model.shape is None:
             raise ValueError("model.shape: a model from scratch needs one; name a file of launch/shapes")
@@ -113,14 +127,14 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
             loaded = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape_config(model.shape)), dtype=dtype)
         loaded.tie_weights()  # that, too, was left undone
         initialise(loaded, model, seed)
-        return for_training(loaded)
+        return loaded
     where = Path(locate(model.name))
     if is_litgpt(where):
         if model.quantize != "none":
             raise ValueError(
                 "model.quantize: LitGPT's weights are read whole; train once without nf4 and name that run"
             )
-        return for_training(load_litgpt(where, dtype))
+        return load_litgpt(where, dtype)
     quantization = None
     if model.quantize == "nf4":
         quantization = BitsAndBytesConfig(
@@ -131,6 +145,7 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
         )
     device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
     try:
+        _refuse_quantized(model, AutoConfig.from_pretrained(locate(model.name)))
         loaded = AutoModelForCausalLM.from_pretrained(
             locate(model.name),
             dtype=dtype,
@@ -140,7 +155,17 @@ def load_model(model: recipes.Model, *, trains_all: bool, seed: int = 0) -> PreT
     except OSError as error:
         raise ValueError(_unreachable("model.name", model.name, error)) from None
     keep_one_arithmetic(loaded)
-    return for_training(loaded)
+    return loaded
+
+
+def _refuse_quantized(model: recipes.Model, config: Any) -> None:
+    """Raises ValueError for weights that are stored in fewer bits than a recipe reads: as NF4 for `quantize: nf4`."""
+    stored = getattr(config, "quantization_config", None) or {}
+    if not stored or (model.quantize == "nf4" and stored.get("load_in_4bit")):
+        return
+    kind = "bitsandbytes 4 bit" if stored.get("load_in_4bit") else stored.get("quant_method", "a form of its own")
+    remedy = "set model.quantize: nf4, or name" if stored.get("load_in_4bit") else "name"
+    raise ValueError(f"model.name: {model.name} is stored quantized ({kind}); {remedy} the model in whole weights")
 
 
 def frozen_dtype(dtype: str) -> torch.dtype:
@@ -163,6 +188,14 @@ def has_bf16_units() -> bool:
     )
 
 
+def take_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model from scratch name its tokenizer's special tokens: a shape has those of another, or the defaults of
+    transformers."""
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+
+
 def for_training(model: PreTrainedModel) -> PreTrainedModel:
     """Put a model into training mode, without which activation checkpointing does nothing, and dropout to zero (a
     router's jitter too): its random numbers would make the loss depend on how a batch is cut, and one pass over much
@@ -173,7 +206,6 @@ def for_training(model: PreTrainedModel) -> PreTrainedModel:
         for name, value in vars(module).items():  # OPT calls it dropout, Bloom hidden_dropout, Llama attention_dropout
             if isinstance(value, float) and re.search("drop|jitter", name):
                 setattr(module, name, 0.0)
-    watch(model)
     return model.train()
 
 

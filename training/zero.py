@@ -2,8 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,18 +80,28 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Under ZeRO-3 `module` is then an ordinary model on the first rank: DeepSpeed's hooks would gather weights,
-        collectively, in forward passes that this rank makes alone."""
+        """What was trained is then in fp32 on the first rank, which is more than what computes in bf16.
+
+        Under ZeRO-3 `module` is an ordinary model there: DeepSpeed's hooks would gather weights, collectively, in
+        forward passes that this rank makes alone."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        trained: dict[str, Tensor] = {}
+        for name, parameter in self.named_trainable():
+            whole = safe_get_full_fp32_param(parameter)
+            if self.ranks.first:
+                trained[name] = cast(Tensor, whole).view(_shape(parameter))
         if self.stage < 3:
-            yield
+            with _instead(self.module, trained):
+                yield
             return
         import deepspeed
 
-        weights = {}
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+        frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+        weights = {name: nn.Parameter(whole) for name, whole in trained.items()}
+        with deepspeed.zero.GatheredParameters(list(frozen.values())):
             if self.ranks.first:
-                for name, parameter in self.module.named_parameters():
-                    weights[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                weights |= {name: nn.Parameter(p.detach().clone(), False) for name, p in frozen.items()}
         with standing_in(self, self._skeleton, weights):
             yield
         self._skeleton = without_weights(self._skeleton)
@@ -188,6 +198,19 @@ class ZeroEngine(Engine):
         if self.stage < 3:
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextlib.contextmanager
+def _instead(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The scope in which some parameters of a module have other values, and another dtype."""
+    held = {name: parameter.data for name, parameter in module.named_parameters() if name in weights}
+    for name in held:
+        module.get_parameter(name).data = weights[name]
+    try:
+        yield
+    finally:
+        for name, data in held.items():
+            module.get_parameter(name).data = data
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
