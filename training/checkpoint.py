@@ -214,10 +214,22 @@ class Saver:
         (scratch / INDEX).write_text(json.dumps({"shapes": shapes, "ranges": ranges}), encoding="utf-8")
         commit(scratch, about, known)
         publish(scratch, path)
-        steps = sorted(committed(self.run_dir).items())
-        for step, old in steps[: -self.knobs.keep_last]:
-            if not self.knobs.keep_every or step % self.knobs.keep_every:
-                shutil.rmtree(old)
+        self._drop(int(about["step"]))
+
+    def _drop(self, newest: int) -> None:
+        """Take away checkpoints up to the `newest` that need not be kept. What lies after it was damaged and passed
+        over, and is no reason to drop what is whole. A bad step may go back to the last one of the schedule, so those
+        that SIGTERM left do not push it out."""
+        found = {step: path for step, path in committed(self.run_dir).items() if step <= newest}
+        knobs = self.knobs
+        kept = set(sorted(found)[-knobs.keep_last :])
+        if knobs.every_steps:
+            kept.add(newest - newest % knobs.every_steps)
+        for step, path in found.items():
+            if step not in kept and (not knobs.keep_every or step % knobs.keep_every):
+                gone = path.with_name(f".{path.name}.{self._attempt}.old")  # half gone, it would still be read
+                path.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 def _updated(device: torch.device) -> torch.cuda.Event | None:

@@ -157,6 +157,28 @@ def test_which_checkpoints_are_kept(straight, tmp_path: Path) -> None:
     assert sorted(committed(run)) == [2, 4, 6]
 
 
+def test_dropping_takes_nothing_that_is_needed(tmp_path: Path, monkeypatch) -> None:
+    """Neither what was just saved, because a damaged one that was passed over bears a later number, nor the last of the
+    schedule. And what is being dropped is no checkpoint any more, though a kill leave half of it."""
+    engine: Any = SimpleNamespace(updates=1, fragments=lambda: [Fragment("w", (3,), 0, {"value": torch.ones(3)})])
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    saver = Saver(ranks, tmp_path, Checkpoints(keep_last=1, every_steps=4), 10.0)
+    saver.save(engine, 30, {}, {})
+    saver.finish()
+    monkeypatch.setattr(
+        checkpoint.shutil, "rmtree", lambda path, **named: (Path(path) / "index.json").unlink(missing_ok=True)
+    )
+    for step in (24, 25, 26):
+        saver.save(engine, step, {}, {})
+        saver.finish()
+    monkeypatch.undo()
+    assert sorted(committed(tmp_path)) == [24, 26, 30]
+    assert all(verify(path) for path in committed(tmp_path).values())
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-000024", "step-000026", "step-000030"}
+    Saver(ranks, tmp_path, Checkpoints(), 10.0)
+    assert not list(tmp_path.glob(".step-*"))
+
+
 def test_a_save_holds_its_step_though_training_goes_on(straight, tmp_path: Path, monkeypatch) -> None:
     """Each checkpoint is the very files of one that training stood still for, however late its copy is made."""
     from shipyard.training.loop import train
