@@ -5,6 +5,7 @@ The directory appears only when every certificate has passed; its manifest names
 
 import contextlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ HF_EXTRAS = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "additional_chat_templates/*.jinja",
 )
 
 
@@ -76,10 +78,15 @@ def _check_out(out_dir: Path) -> None:
     raise ValueError(f"out: {out_dir} exists and is no export of shipyard's; name a new directory")
 
 
+def _copy(model_dir: Path, folder: Path, patterns: Sequence[str]) -> None:
+    for path in (path for pattern in patterns for path in model_dir.glob(pattern)):
+        to = folder / path.relative_to(model_dir)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, to)
+
+
 def _export_hf(model_dir: Path, folder: Path) -> list[Certificate]:
-    for pattern in (*HF_FILES, *HF_EXTRAS):
-        for path in model_dir.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    _copy(model_dir, folder, (*HF_FILES, *HF_EXTRAS))
     certificate = certify_safetensors(model_dir, folder)
     certificate.write(folder / "safetensors.certificate.json")
     return [certificate]
@@ -89,9 +96,7 @@ def _export_litgpt(model_dir: Path, folder: Path) -> list[Certificate]:
     """LitGPT's files, read back, must say what the model says."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
     save_litgpt(model, folder, model_dir.resolve().parent.name if model_dir.name == "model" else model_dir.name)
-    for pattern in ("generation_config.json", "tokenizer*.json", *HF_EXTRAS):
-        for path in model_dir.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    _copy(model_dir, folder, ("generation_config.json", "tokenizer*.json", *HF_EXTRAS))
     back = load_litgpt(folder, model.dtype)
     certificate = certify_merge(model, back, AutoTokenizer.from_pretrained(model_dir))
     certificate.subject, certificate.reference = "lit_model.pth", str(model_dir)

@@ -1,11 +1,14 @@
 """The end of a run: the adapter, the whole merged model, and the certificate that the merge says what was trained."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import GenerationConfig
 
+from .chat import ChatEncoder
 from .engine import Engine
 from .log import StepLog
 from .lora import merge
@@ -45,13 +48,36 @@ def _write(recipe: Recipe, engine: Engine, tokenizer: Any, run_dir: Path, identi
         "model": recipe.model.name,
     }
     with new_directory(run_dir / "model", about) as scratch:
-        plain.save_pretrained(scratch)
+        plain.generation_config.eos_token_id = _ends(plain.generation_config.eos_token_id, tokenizer)
+        _save(plain, scratch)
         tokenizer.save_pretrained(scratch)
         about["certificate"] = _certify(module, plain, tokenizer, run_dir)
-    if isinstance(module, PeftModel):
-        with new_directory(run_dir / "adapter", {"identity": identity}) as scratch:
-            module.save_pretrained(str(scratch))
+        if isinstance(module, PeftModel):  # before model/, by which a run that is started again knows that it is done
+            with new_directory(run_dir / "adapter", {"identity": identity}) as beside:
+                module.save_pretrained(str(beside))
     log.say(f"{run_dir}/model: the merged model, certified; {_size(run_dir / 'model') / 2**20:.0f} MiB")
+
+
+def _save(plain: Any, folder: Path) -> None:
+    """`save_pretrained`, which alone would refuse the generation configs that some models come with, a temperature
+    without sampling for instance: they are what they were."""
+    spoken, plain.generation_config = plain.generation_config, GenerationConfig()
+    plain.save_pretrained(folder)
+    plain.generation_config = spoken
+    spoken.to_json_file(folder / "generation_config.json")
+
+
+def _ends(known: Any, tokenizer: Any) -> Any:
+    """What an engine is to stop at: the tokens that end a turn in training, before those that the model had.
+
+    A base model knows the end of a text alone, and is taught the end of a turn.
+    """
+    taught = {tokenizer.eos_token_id} - {None}
+    if tokenizer.chat_template:
+        with suppress(ValueError):  # a template that training did not need
+            taught |= ChatEncoder(tokenizer).end_ids
+    before = known if isinstance(known, list) else [] if known is None else [known]
+    return [*sorted(taught - {*before}), *before] if taught - {*before} else known
 
 
 def _certify(module: torch.nn.Module, plain: Any, tokenizer: Any, run_dir: Path) -> dict[str, Any]:

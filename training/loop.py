@@ -30,7 +30,17 @@ from .log import StepLog, flops_per_token, memory_gib, peak_flops, progress
 from .lora import add_adapters
 from .manifest import Manifest
 from .method import Method
-from .models import compute_dtype, has_bf16_units, load_model, load_tokenizer, prepare, require_apart
+from .models import (
+    SCRATCH,
+    committed_digest,
+    compute_dtype,
+    has_bf16_units,
+    load_model,
+    load_tokenizer,
+    prepare,
+    require_apart,
+    take_special_tokens,
+)
 from .optim import build_optimizer
 from .parallel import build_engine, computes_whole
 from .pretrain import Pretraining, open_shards
@@ -62,6 +72,7 @@ def train(recipe: Recipe) -> Path:
     tokenizer, data, engine, method = assemble(recipe, ranks, run_dir)
     if found is not None:
         _refuse_other_rows(found, recipe, method)
+        _refuse_other_base(found, recipe, method)
     _claim(recipe, run_dir, ranks)
     steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
     log = StepLog(recipe, run_dir, steps, ranks.first)
@@ -84,6 +95,8 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     made_by_method = recipe.method == "grpo" or recipe.data.tokens is not None
     data = None if made_by_method else load_dataset(recipe, tokenizer, run_dir)
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
+    if recipe.model.name == SCRATCH:
+        take_special_tokens(model, tokenizer)
     knobs, kernels = recipe.parallel, recipe.model.kernels
     whole = computes_whole(knobs.engine, knobs.tensor, knobs.context, recipe.model.compile)
     plugged = plug(model, kernels, whole, ranks.device, compute_dtype(recipe))
@@ -98,7 +111,10 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     reference = Reference(model) if needs_reference else None
     optimizer = build_optimizer(recipe, model)
     engine = build_engine(ranks, model, optimizer, recipe)
-    return tokenizer, data, engine, _method(recipe, ranks, engine, tokenizer, data, reference)
+    method = _method(recipe, ranks, engine, tokenizer, data, reference)
+    if recipe.lora.rank or reference is not None:
+        method.base = committed_digest(recipe.model.name)
+    return tokenizer, data, engine, method
 
 
 def _steps(
@@ -172,7 +188,7 @@ def _save(saver: checkpoint.Saver, recipe: Recipe, engine: Engine, method: Metho
     """Begin to write the checkpoint after `step` finished steps. Collective."""
     about = {"identity": identity(recipe), "world_size": engine.ranks.world_size, "engine": recipe.parallel.engine}
     extra = {**method.state(), **experts.state(engine.module)}
-    saver.save(engine, step, extra, {**about, "norms": list(norms.known), "rows": method.digest})
+    saver.save(engine, step, extra, {**about, "norms": list(norms.known), "rows": method.digest, "base": method.base})
 
 
 def restore(engine: Engine, method: Method, found: Manifest) -> int:
@@ -206,6 +222,15 @@ def _refuse_other_rows(found: Manifest, recipe: Recipe, method: Method) -> None:
         raise ValueError(
             f"data.train: {recipe.data.train} no longer gives the rows that the run in {found.path.parent} began with; "
             "put the old ones back, set another run_dir, or resume=never to start over in this one"
+        )
+
+
+def _refuse_other_base(found: Manifest, recipe: Recipe, method: Method) -> None:
+    """An earlier stage that was trained anew in its place has other weights under the same name."""
+    if method.base and found.about.get("base") not in (None, "", method.base):
+        raise ValueError(
+            f"model.name: {recipe.model.name} is another model than when the run in {found.path.parent} began; put the "
+            "old one back, set another run_dir, or resume=never to start over in this one"
         )
 
 

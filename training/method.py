@@ -16,6 +16,8 @@ class Method(ABC, Generic[Item]):
     rows: int
     digest: str = ""
     """Of the rows, where they are read from files: a run that goes on must see the same."""
+    base: str = ""
+    """Of the model under adapters or a reference, where it is a committed one: frozen, it is in no checkpoint."""
 
     @abstractmethod
     def batch(self, step: int) -> Sequence[Item]:

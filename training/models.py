@@ -61,11 +61,10 @@ def config_source(name: str) -> str | None:
     return None if source is None or is_litgpt(Path(source)) else source
 
 
-def committed_digest(name: str) -> str | None:
-    """The digest of a recipe's model where it is a committed directory, a run's or an asset; its hashes are not looked
-    at."""
-    path = Path(locate(name)) if name != SCRATCH else Path(name)
-    return read_manifest(path).digest if (path / MANIFEST).is_file() else None
+def committed_digest(name: str) -> str:
+    """The digest of a recipe's model where that is a committed directory (a run's, an asset), else an empty text."""
+    path = Path(name if name == SCRATCH else locate(name))
+    return read_manifest(path).digest if (path / MANIFEST).is_file() else ""
 
 
 def shape_config(shape: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Combinations of knobs that cannot work, each with one line that names the field, the rule and the remedy."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -106,6 +107,11 @@ def _shards(recipe: "Recipe") -> Iterator[Rule]:
 
 def _model(recipe: "Recipe") -> Iterator[Rule]:
     """The model and its optimizer."""
+    run_dir = Path(recipe.run_dir).resolve()
+    yield (
+        Path(recipe.model.name).resolve() in (run_dir, run_dir / "model"),
+        f"run_dir: {recipe.run_dir} holds the model that this run begins with, and would replace it; name another",
+    )
     yield (
         recipe.model.quantize == "nf4" and recipe.lora.rank == 0,
         "model.quantize: nf4 weights are frozen, so there is nothing to train; set lora.rank (16, say)",

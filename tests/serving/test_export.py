@@ -18,6 +18,7 @@ from shipyard.serving.parity import BUDGETS, Reference, certify_gguf, read_refer
 from shipyard.training.manifest import new_directory, read_manifest, verify
 from test_gguf import edit_number, edit_string, undo_permutation
 from tiny_models import make_model
+from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,17 @@ def test_an_export_is_committed_with_lineage_and_certificates(tmp_path: Path, ti
     assert expected[to] <= names
     certificate = json.loads(next(out.glob("*.certificate.json")).read_text())
     assert certificate["passed"] is True
+
+
+@pytest.mark.parametrize("to", ["hf", "litgpt"])
+def test_every_chat_template_goes_along(tmp_path: Path, tiny: Path, to: str) -> None:
+    """A tokenizer may have several: transformers writes all but the default one into a folder."""
+    shutil.copytree(tiny, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }} with tools"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    again = AutoTokenizer.from_pretrained(export(tmp_path / "model", tmp_path / "out", to))
+    assert again.chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize(
