@@ -39,6 +39,7 @@ from .models import (
     load_tokenizer,
     prepare,
     require_apart,
+    require_room,
     take_special_tokens,
 )
 from .optim import build_optimizer
@@ -95,6 +96,7 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     made_by_method = recipe.method == "grpo" or recipe.data.tokens is not None
     data = None if made_by_method else load_dataset(recipe, tokenizer, run_dir)
     model = load_model(recipe.model, trains_all=recipe.lora.rank == 0, seed=recipe.seed)
+    require_room(model, *_demands(recipe, tokenizer, data))
     if recipe.model.name == SCRATCH:
         take_special_tokens(model, tokenizer)
     knobs, kernels = recipe.parallel, recipe.model.kernels
@@ -115,6 +117,18 @@ def assemble(recipe: Recipe, ranks: Ranks, run_dir: Path) -> tuple[Any, Dataset 
     if recipe.lora.rank or reference is not None:
         method.base = committed_digest(recipe.model.name)
     return tokenizer, data, engine, method
+
+
+def _demands(recipe: Recipe, tokenizer: Any, data: Dataset | None) -> tuple[int, int]:
+    """The largest id and the tokens of the longest document, as far as they are known before the first step."""
+    if recipe.data.tokens is not None:  # shards know their tokenizer, and say which it was
+        return 0, recipe.data.max_tokens
+    if data is None:
+        known = (tokenizer.vocab_size - 1, tokenizer.bos_token_id or 0, tokenizer.eos_token_id or 0)
+        return max(known), recipe.grpo.max_new_tokens
+    items = [*data.train, *data.validation]
+    samples = [one for item in items for one in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))]
+    return max(int(one.ids.max()) for one in samples), max(len(one.ids) for one in samples)
 
 
 def _steps(

@@ -208,6 +208,23 @@ def for_training(model: PreTrainedModel) -> PreTrainedModel:
     return model.train()
 
 
+def require_room(model: PreTrainedModel, largest_id: int, longest: int) -> None:
+    """Raises ValueError for ids, or documents of so many tokens, that the model has no row for in its tables."""
+    words: Any = model.get_input_embeddings()
+    if largest_id >= len(words.weight):
+        raise ValueError(
+            f"model.tokenizer: it gives ids up to {largest_id}, and the model knows {len(words.weight)}; name the "
+            "tokenizer that belongs to the model"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learned = any(isinstance(module, nn.Embedding) and module is not words for module in model.modules())
+    if positions and learned and longest > positions:
+        raise ValueError(
+            f"data.max_tokens: a document may have {longest} tokens, and the model has learned {positions} positions; "
+            f"set data.max_tokens: {positions} or less, and data.on_long_row for rows"
+        )
+
+
 @torch.no_grad()
 def require_apart(model: PreTrainedModel) -> None:
     """Raises ValueError for a model in which documents of one row see each other, though positions restart at each:

@@ -126,6 +126,30 @@ def test_families_whose_documents_see_each_other_are_not_packed(family: str, tin
         train(load_recipe(tmp_path / "recipe.yaml", ["batch.packing=false"]))
 
 
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"vocab_size": 300}, r"model.tokenizer: it gives ids up to \d+, and the model knows 300; name the tokenizer"),
+        (
+            {"max_position_embeddings": 16},
+            r"data.max_tokens: a document may have \d+ tokens, and the model has learned 16 positions",
+        ),
+    ],
+)
+def test_a_model_that_has_no_room_for_the_rows(knobs: dict, reason: str, tiny_model: Path, tmp_path: Path) -> None:
+    """torch says `index out of range in self`."""
+    own = {"n_embd": 32, "n_layer": 2, "n_head": 4, "model_type": "gpt2"}
+    (tmp_path / "shape.json").write_text(json.dumps({**COMMON, **own, **knobs}))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "License", "completion": "the copyright owner " * 4}))
+    tree = {
+        "method": "sft", "steps": 1, "run_dir": str(tmp_path / "run"), "data": {"train": str(tmp_path / "rows.jsonl")},
+        "model": {"name": "scratch", "shape": str(tmp_path / "shape.json"), "tokenizer": str(tiny_model)},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=reason):
+        train(load_recipe(tmp_path / "recipe.yaml"))
+
+
 @pytest.mark.parametrize("family", ["opt", "gpt_bigcode"])
 def test_no_family_draws_random_numbers(family: str, tmp_path: Path) -> None:
     """OPT and BigCode keep rates of dropout as numbers of their own."""
