@@ -8,6 +8,7 @@ Shape legend: B rows, T tokens, V vocabulary.
 """
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -207,8 +208,14 @@ def _held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> 
     if not held and not recipe.data.validation:
         raise ValueError("data.validation_rows: 0, so nothing is held out to score; hold out some, and train again")
     one_train_row = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_rows": 1})})
+    logger = logging.getLogger(load_dataset.__module__)
+    level = logger.level
     with tempfile.TemporaryDirectory() as scratch:
-        validation = load_dataset(one_train_row, tokenizer, Path(scratch)).validation
+        logger.setLevel(logging.ERROR)  # it names a file that is gone in a moment; training has said it
+        try:
+            validation = load_dataset(one_train_row, tokenizer, Path(scratch)).validation
+        finally:
+            logger.setLevel(level)
     return validation[:rows] if rows else validation
 
 

@@ -21,12 +21,17 @@ RUN_DIR = "SHIPYARD_RUN_DIR"
 FILE = "ended"
 
 
+def starts_again() -> bool:
+    """Whether somebody would start these ranks again after a failure."""
+    return bool(os.environ.get(START)) or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def leave(run_dir: Path, code: int, said: str) -> None:
     """Leave word, where anybody would start these ranks again. Every rank that stops does: the first to end may take
     the others with it."""
-    start = os.environ.get(START, "")
-    if not start and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+    if not starts_again():
         return
+    start = os.environ.get(START, "")
     draft = run_dir / f".{FILE}.{os.environ.get('RANK', '0')}"
     with contextlib.suppress(OSError):  # the mistake may be this very folder, or its full disk
         run_dir.mkdir(parents=True, exist_ok=True)

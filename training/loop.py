@@ -18,6 +18,7 @@ import xxhash
 from ..kernels.huggingface import plug
 from . import checkpoint, experts, finish
 from .batches import steps_per_epoch
+from .claim import claimed
 from .dataset import Dataset, Pair, Sample, load_dataset
 from .dpo import PreferenceTuning
 from .ending import leave
@@ -74,19 +75,20 @@ def train(recipe: Recipe) -> Path:
     if found is not None:
         _refuse_other_rows(found, recipe, method)
         _refuse_other_base(found, recipe, method)
-    _claim(recipe, run_dir, ranks)
-    steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
-    log = StepLog(recipe, run_dir, steps, ranks.first)
-    _introduce(recipe, engine, data, steps, log)
-    for line in method.introduction():
-        log.say(line)
-    for complaint in complaints:
-        log.say(f"resume: {complaint}")
-    norms = Norms(recipe.health.spike_factor, found.about.get("norms", ()) if found is not None else ())
-    first_step = _resume(engine, method, found, log)
-    _steps(recipe, engine, method, run_dir, log, range(first_step, steps), norms)
-    finish.finish(recipe, engine, tokenizer, run_dir, identity(recipe), log)
-    log.close()
+    with claimed(run_dir, ranks):
+        _begin(recipe, run_dir, ranks)
+        steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
+        log = StepLog(recipe, run_dir, steps, ranks.first)
+        _introduce(recipe, engine, data, steps, log)
+        for line in method.introduction():
+            log.say(line)
+        for complaint in complaints:
+            log.say(f"resume: {complaint}")
+        norms = Norms(recipe.health.spike_factor, found.about.get("norms", ()) if found is not None else ())
+        first_step = _resume(engine, method, found, log)
+        _steps(recipe, engine, method, run_dir, log, range(first_step, steps), norms)
+        finish.finish(recipe, engine, tokenizer, run_dir, identity(recipe), log)
+        log.close()
     return run_dir
 
 
@@ -267,13 +269,12 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", repr(value)
 
 
-def _claim(recipe: Recipe, run_dir: Path, ranks: Ranks) -> None:
+def _begin(recipe: Recipe, run_dir: Path, ranks: Ranks) -> None:
     """Write the first file of a run, once everything that can be wrong with the recipe has been looked at."""
     if ranks.first:
         if recipe.resume == "never":
             for old in [*run_dir.glob("step-*"), run_dir / "model", run_dir / "adapter"]:
                 shutil.rmtree(old, ignore_errors=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     ranks.wait()
 

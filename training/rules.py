@@ -12,7 +12,7 @@ Rule = tuple[bool, str]
 
 def broken_rule(recipe: "Recipe") -> str | None:
     """The first rule that a recipe breaks, in words; None if it breaks none."""
-    for rules in (_data(recipe), _shards(recipe), _model(recipe), _parallel(recipe)):
+    for rules in (_data(recipe), _paths(recipe), _shards(recipe), _model(recipe), _parallel(recipe)):
         for broken, message in rules:
             if broken:
                 return message
@@ -103,6 +103,18 @@ def _shards(recipe: "Recipe") -> Iterator[Rule]:
         data.mixture is not None and len(data.mixture) > 1 and recipe.epochs is not None,
         "epochs: a mixture's sources end at different times; give `steps`",
     )
+
+
+def _paths(recipe: "Recipe") -> Iterator[Rule]:
+    """A shell knows a user's home, and not every machine of a job has the same."""
+    model, data = recipe.model, recipe.data
+    named = {
+        "run_dir": recipe.run_dir, "model.name": model.name, "model.tokenizer": model.tokenizer,
+        "model.shape": model.shape, "data.train": data.train, "data.validation": data.validation,
+        "data.tokens": data.tokens,
+    }  # fmt: skip
+    for field, path in named.items():
+        yield (path or "").startswith("~"), f"{field}: {path} would be a folder named ~; write the whole path"
 
 
 def _model(recipe: "Recipe") -> Iterator[Rule]:

@@ -118,6 +118,7 @@ def test_knobs_are_the_listed_ones_and_few() -> None:
         (merged(optim=3), ["optim", "3", "section"]),
         ({"method": "sft", "steps": 1, "data": {"train": "x"}}, ["model", "required"]),
         (merged(epochs=1), ["steps", "exactly one"]),
+        (merged(run_dir="~/run"), ["run_dir: ~/run", "a folder named ~", "whole path"]),
         (merged(model={"name": "m", "quantize": "nf4"}), ["model.quantize", "lora.rank"]),
         (
             merged(model={"name": "m", "quantize": "nf4"}, lora={"rank": 8}, parallel={"engine": "zero3"}),
