@@ -1,12 +1,15 @@
 """A run goes on with what it began with: frozen weights are in no checkpoint, so others are refused."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from runs_for_tests import forget_after, recipe_and_run
+from shipyard.training.chat import ChatEncoder
 from shipyard.training.loop import train
 from shipyard.training.recipe import load_recipe
+from tokenizers_for_tests import tokenizer_for_tests
 
 
 def tree(model: Path, rows: Path, **more: Any) -> dict[str, Any]:
@@ -26,3 +29,13 @@ def test_another_base_under_adapters_is_refused(tiny_model: Path, chat_rows: Pat
     train(load_recipe(base_recipe, [f"run_dir={base}", "resume=never", "optim.lr=1e-2"]))
     with pytest.raises(ValueError, match=r"model.name: .* is another model than when the run"):
         train(load_recipe(recipe, [f"run_dir={run}"]))
+
+
+@pytest.mark.parametrize("name", ["tokenizer-llama3", "smollm2-135m-instruct"])
+def test_ids_do_not_depend_on_the_day(name: str) -> None:
+    """Llama 3's own template writes the date before every conversation; the other is given one that does."""
+    tokenizer = copy.copy(tokenizer_for_tests(name))
+    if "strftime_now" not in tokenizer.chat_template:
+        tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    talk = [{"role": "user", "content": "Which day is it?"}, {"role": "assistant", "content": "A Friday."}]
+    assert "26 Jul 2024" in tokenizer.decode(ChatEncoder(tokenizer).encode(talk).ids)
