@@ -19,23 +19,26 @@ UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def claimed(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """The scope in which no other job writes into `run_dir`. Collective.
+def claimed(run_dir: Path, ranks: Ranks) -> Iterator[bool]:
+    """The scope in which no other job writes into `run_dir`, and whether one did when this one came. Collective.
 
     A job that was just killed may need a moment to leave. Where another one stays, raises ValueError on every rank; if
     somebody would start these ranks again, BlockingIOError, so that they are: the other may be the attempt before.
     """
     with contextlib.ExitStack() as scope:
-        taken = 0.0
+        taken = waited = 0.0
         if ranks.first:
             run_dir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             scope.callback(os.close, descriptor)
+            began = time.monotonic()
             taken = float(not _locks(descriptor))
-        if ranks.sum({"taken": taken})["taken"]:
+            waited = float(time.monotonic() - began >= POLL_S)
+        everyone = ranks.sum({"taken": taken, "waited": waited})
+        if everyone["taken"]:
             said = f"run_dir: another job trains into {run_dir}; wait for its end, or set another run_dir"
             raise BlockingIOError(said) if starts_again() else ValueError(said)
-        yield
+        yield everyone["waited"] > 0
 
 
 def _locks(descriptor: int) -> bool:

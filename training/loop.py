@@ -75,7 +75,9 @@ def train(recipe: Recipe) -> Path:
     if found is not None:
         _refuse_other_rows(found, recipe, method)
         _refuse_other_base(found, recipe, method)
-    with claimed(run_dir, ranks):
+    with claimed(run_dir, ranks) as waited:
+        if waited and recipe.resume == "auto":  # the other job has written since
+            found, complaints = checkpoint.newest_for_all(ranks, run_dir)
         _begin(recipe, run_dir, ranks)
         steps = recipe.steps or steps_per_epoch(method.rows, recipe.batch.size) * (recipe.epochs or 1)
         log = StepLog(recipe, run_dir, steps, ranks.first)
